@@ -1,0 +1,60 @@
+"""What happened during a load or a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Report:
+    """Counts are of units (a weight, or one expert of one) unless the name says otherwise; sizes are bytes."""
+
+    scheme: str = ""
+    device: str = "cpu"
+    quantized_units: int = 0
+    quantized_tensors: int = 0
+    passed_through: dict[str, str] = field(default_factory=dict)  # name -> why
+    duplicates: list[str] = field(default_factory=list)  # shards that arrived again with the same value
+    rewrites: list[str] = field(default_factory=list)  # shards that arrived again, changed, before completion
+    shards: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    peak_staging_bytes: int = 0
+    peak_allocated: int | None = None  # device memory; None on CPU
+    peak_reserved: int | None = None
+    resident: int | None = None
+
+    def as_dict(self) -> dict:
+        """For `--json`."""
+        return asdict(self)
+
+    def __str__(self):
+        gigabytes = self.bytes_in / 1e9
+        lines = [
+            f"{self.quantized_tensors} weights ({self.quantized_units} units) to FP8 {self.scheme} on {self.device}, "
+            f"{len(self.passed_through)} passed through",
+            f"{_size(self.bytes_in)} in, {_size(self.bytes_out)} out, {self.seconds:.2f} s"
+            + (f" ({gigabytes / self.seconds:.2f} GB/s)" if self.seconds else ""),
+        ]
+        if self.seconds_by_phase:
+            lines.append(", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds_by_phase.items()))
+        lines.append(f"staging peak {_size(self.peak_staging_bytes)}")
+        if self.peak_allocated is not None:
+            lines.append(
+                f"resident {_size(self.resident)}, peak allocated {_size(self.peak_allocated)}, "
+                f"peak reserved {_size(self.peak_reserved)}"
+            )
+        for label, names in (("arrived twice", self.duplicates), ("rewritten while open", self.rewrites)):
+            if names:
+                lines.append(f"{label}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        return "\n".join(lines)
+
+
+def _size(num_bytes):
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"

@@ -1,0 +1,146 @@
+"""What one scale covers.
+
+A *group* is the set of weight elements that share a scale. Every scheme here makes it a rectangle of the
+`[N, K]` weight, `block_n` rows by `block_k` columns, with `WHOLE` standing for the full extent of a
+dimension. Kernels know only that rectangle, so a new scheme is a new class here and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+WHOLE = -1
+
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Common part of all schemes.
+
+    Args:
+        pow2: round each scale up to a power of two.
+        scale_dtype: how scales are stored, and what the weight is divided by: float32; bfloat16 (rounded
+            first, then used); float8_e8m0fnu (needs `pow2`).
+    """
+
+    pow2: bool = False
+    scale_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"`scale_dtype` must be one of {SCALE_DTYPES}, got {self.scale_dtype}")
+        if self.scale_dtype == torch.float8_e8m0fnu and not self.pow2:
+            raise ValueError("`scale_dtype=torch.float8_e8m0fnu` holds powers of two only: set `pow2=True`")
+        for extent in self.block:
+            if not isinstance(extent, int) or (extent < 1 and extent != WHOLE):
+                raise ValueError(f"{type(self).__name__} sizes must be positive ints, got {extent!r}")
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, columns) that share a scale; `WHOLE` is the full extent."""
+        raise NotImplementedError
+
+    def scale_shape(self, shape) -> tuple[int, ...]:
+        """Shape of the scales of a weight of shape `[..., N, K]`."""
+        return (*shape[:-2], *grid(shape[-2], shape[-1], *self.block))
+
+
+@dataclass(frozen=True)
+class PerTensor(Scheme):
+    """One scale a weight, or one an expert: scale `[...]` for `[..., N, K]`."""
+
+    @property
+    def block(self):
+        return WHOLE, WHOLE
+
+    def scale_shape(self, shape):
+        return tuple(shape[:-2])
+
+
+@dataclass(frozen=True)
+class PerChannel(Scheme):
+    """One scale an output row: scale `[..., N, 1]`."""
+
+    @property
+    def block(self):
+        return 1, WHOLE
+
+
+@dataclass(frozen=True)
+class PerBlock(Scheme):
+    """One scale a `block_n x block_k` tile: scale `[..., ceil(N/block_n), ceil(K/block_k)]`.
+
+    Tiles at the right and lower edge may be partial.
+    """
+
+    block_n: int = 128
+    block_k: int = 128
+
+    @property
+    def block(self):
+        return self.block_n, self.block_k
+
+
+@dataclass(frozen=True)
+class PerGroup(Scheme):
+    """One scale for `group_size` neighbours in a row: scale `[..., N, ceil(K/group_size)]`."""
+
+    group_size: int = 128
+
+    @property
+    def block(self):
+        return 1, self.group_size
+
+
+def mxfp8() -> PerGroup:
+    """The OCP MX format: groups of 32 with e8m0 scales."""
+    return PerGroup(32, pow2=True, scale_dtype=torch.float8_e8m0fnu)
+
+
+SCHEMES = {
+    "per_tensor": PerTensor(),
+    "per_channel": PerChannel(),
+    "per_block": PerBlock(128, 128),
+    "per_group": PerGroup(128),
+    "mxfp8": mxfp8(),
+    # vLLM's names
+    "fp8_per_tensor": PerTensor(),
+    "fp8_per_channel": PerChannel(),
+    "fp8_per_block": PerBlock(128, 128),
+    # llm-compressor's names
+    "FP8_DYNAMIC": PerChannel(),
+    "FP8_BLOCK": PerBlock(128, 128),
+}
+
+
+def as_scheme(scheme: str | Scheme) -> Scheme:
+    """The scheme of that name, or the scheme itself.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+        TypeError: neither a name nor a scheme.
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if not isinstance(scheme, str):
+        raise TypeError(f"`scheme` must be a name or a Scheme, got {type(scheme).__name__}")
+    if scheme not in SCHEMES:
+        raise ValueError(f"`scheme` must be one of {sorted(SCHEMES)} or a Scheme, got {scheme!r}")
+    return SCHEMES[scheme]
+
+
+def scheme_name(scheme: Scheme) -> str:
+    """The shortest name users know it by; its repr where it has none."""
+    return next((name for name, known in SCHEMES.items() if known == scheme), repr(scheme))
+
+
+def grid(num_rows: int, num_cols: int, block_n: int, block_k: int) -> tuple[int, int]:
+    """How many groups a weight has along its rows and its columns."""
+    return _num_blocks(num_rows, block_n), _num_blocks(num_cols, block_k)
+
+
+def _num_blocks(size, block):
+    return 1 if block == WHOLE else -(-size // block)

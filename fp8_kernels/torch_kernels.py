@@ -1,0 +1,51 @@
+"""The ops in plain PyTorch for tensors of any device: `reference`, one chunk of rows at a time.
+
+Chunks bound the fp32 temporaries and keep them in the processor's cache. Rows of different chunks meet only
+in the amax of a group that spans them, and a maximum does not care about order, so the bits are the
+reference's.
+"""
+
+import torch
+
+from . import reference
+from .schemes import WHOLE
+
+CHUNK_ELEMENTS = 1 << 18
+
+
+def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
+    """Write codes and scales of `w`; see `ops.quantize`."""
+    if amax is None:
+        amax = scale.new_empty(scale.shape, dtype=torch.float32)
+        amax_out(w, amax, block_n, block_k, accumulate=False)
+    scale.copy_(reference.scale_from_amax(amax, q.dtype, pow2, scale.dtype))
+    for unit, rows, groups in _chunks(w, block_n):
+        q[unit, rows].copy_(reference.cast(w[unit, rows], scale[unit, groups], q.dtype, block_n, block_k))
+
+
+def amax_out(w, amax, block_n, block_k, accumulate):
+    """Write, or accumulate, the amax of each group; see `ops.amax`."""
+    if not accumulate:
+        amax.zero_()
+    for unit, rows, groups in _chunks(w, block_n):
+        chunk = reference.amax(w[unit, rows], block_n, block_k)
+        amax[unit, groups].copy_(amax[unit, groups].maximum(chunk))
+
+
+def dequantize_out(q, scale, w, block_n, block_k):
+    """Write `q * scale`; see `ops.dequantize`."""
+    for unit, rows, groups in _chunks(q, block_n):
+        w[unit, rows].copy_(reference.dequantize(q[unit, rows], scale[unit, groups], w.dtype, block_n, block_k))
+
+
+def _chunks(w, block_n):
+    """(experts, rows, scale rows) slices that cover `w`; no chunk splits the rows of a group but `WHOLE` ones."""
+    num_units, num_rows, num_cols = w.shape
+    step = max(CHUNK_ELEMENTS // max(num_cols, 1), 1)
+    if block_n != WHOLE:
+        step = -(-step // block_n) * block_n
+    for unit in range(num_units):
+        for start in range(0, num_rows, step):
+            rows = slice(start, start + step)
+            groups = slice(None) if block_n == WHOLE else slice(start // block_n, -(-(start + step) // block_n))
+            yield slice(unit, unit + 1), rows, groups
