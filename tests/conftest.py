@@ -1,0 +1,29 @@
+"""Fixtures for every test: seeds from the test's name, and a reason for each skipped GPU test."""
+
+import random
+import zlib
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """The same test sees the same numbers in every run, and different ones than its neighbours."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(seed)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU; run `pytest -m gpu` on a machine that has one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

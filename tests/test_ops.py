@@ -1,0 +1,197 @@
+"""The public ops on CPU: equal to the reference for every layout, and strict about their arguments.
+
+The same properties on a GPU, for every backend, are in tests/gpu.
+"""
+
+import pytest
+import torch
+
+import fp8_kernels as fk
+from fp8_kernels import reference
+from fp8_kernels.schemes import SCHEMES, as_scheme
+from fp8_kernels.torch_kernels import CHUNK_ELEMENTS
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+# One element; below, at and above a block; a width no block divides; more rows than a chunk holds; experts.
+SHAPES = [(1, 1), (7, 13), (128, 128), (129, 576), (1025, 700), (3, 130, 257), (2, 2, 5, 40)]
+SCHEME_NAMES = ["per_tensor", "per_channel", "per_block", "per_group", "mxfp8"]
+ALL_SCHEMES = [*(SCHEMES[n] for n in SCHEME_NAMES), fk.PerBlock(3, 5), fk.PerChannel(scale_dtype=torch.bfloat16)]
+
+
+def bits(t):
+    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def expected(w, scheme, dtype=torch.float8_e4m3fn):
+    """The reference on the whole weight at once, batch dimensions flattened."""
+    flat = w.reshape(-1, *w.shape[-2:])
+    q, scale = reference.quantize(flat, dtype, *scheme.block, scheme.pow2, scheme.scale_dtype)
+    return q.reshape(w.shape), scale.reshape(scheme.scale_shape(w.shape))
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_equals_the_reference(shape, scheme):
+    """Bit for bit, for each input and FP8 dtype, chunked or not."""
+    for w_dtype in DTYPES:
+        for dtype in FP8:
+            w = torch.randn(shape).to(w_dtype)
+            q, scale = fk.quantize(w, scheme, dtype=dtype)
+            want_q, want_scale = expected(w, scheme, dtype)
+            assert q.dtype == dtype and q.shape == w.shape and torch.equal(bits(q), bits(want_q))
+            assert scale.dtype == scheme.scale_dtype and torch.equal(bits(scale), bits(want_scale))
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_chunks_do_not_change_a_bit(scheme):
+    """A weight of several chunks whose rows do not fill the last one."""
+    w = torch.randn(CHUNK_ELEMENTS // 300 * 2 + 77, 300)
+    q, scale = fk.quantize(w, scheme)
+    want_q, want_scale = expected(w, scheme)
+    assert torch.equal(bits(q), bits(want_q)) and torch.equal(bits(scale), bits(want_scale))
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize(
+    "view", [lambda w: w.mT, lambda w: w[..., 1::2, :], lambda w: w[..., 3:-2], lambda w: w[..., ::3]]
+)
+def test_any_strides_in_and_out(scheme, view):
+    """Views give the same bits as their contiguous copies, and `out` may be a view too."""
+    w = view(torch.randn(2, 60, 90))
+    want_q, want_scale = expected(w, scheme)
+    q = view(torch.full((2, 60, 90), 1.0).to(torch.float8_e4m3fn))
+    scale = torch.empty(*want_scale.shape, 2, dtype=want_scale.dtype)[..., 0]
+    assert fk.quantize(w, scheme, out=(q, scale)) == (q, scale)
+    assert torch.equal(bits(q), bits(want_q)) and torch.equal(bits(scale), bits(want_scale))
+
+
+def test_out_leaves_its_surroundings_alone():
+    """Writing an expert's slice touches no other byte."""
+    q = torch.full((3, 10, 12), 0x55, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale = torch.full((3, 10, 1), -1.0)
+    fk.quantize(torch.randn(4, 12), "per_channel", out=(q[1, 2:6], scale[1, 2:6]))
+    touched = torch.zeros(3, 10, dtype=torch.bool)
+    touched[1, 2:6] = True
+    assert (bits(q)[~touched] == 0x55).all() and (scale[~touched] == -1).all() and (scale[touched] > 0).all()
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_amax_then_cast_equals_quantize(scheme):
+    """The two halves, called alone, give the whole."""
+    w = torch.randn(3, 70, 130)
+    q, scale = fk.quantize(w, scheme, amax=fk.amax(w, scheme))
+    want_q, want_scale = expected(w, scheme)
+    assert torch.equal(bits(q), bits(want_q)) and torch.equal(bits(scale), bits(want_scale))
+
+
+def test_amax_accumulates_over_shards():
+    """Shards of one weight, in any order, leave the amax of the whole; NaN stays."""
+    w = torch.randn(30, 40)
+    out = torch.zeros(())
+    for shard in w.split([7, 20, 3])[::-1]:
+        fk.amax(shard, "per_tensor", out=out, accumulate=True)
+    assert out == w.abs().max()
+    fk.amax(torch.tensor([[float("nan")]]), out=out, accumulate=True)
+    fk.amax(w, out=out, accumulate=True)
+    assert out.isnan()
+    assert fk.amax(w, out=out) == w.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 3, 4), (2, 0, 4), (0, 0)], ids=str)
+def test_empty_weights(shape, scheme):
+    """No elements: right shapes, and a group without elements has amax 0."""
+    w = torch.empty(shape)
+    q, scale = fk.quantize(w, scheme)
+    assert q.shape == w.shape and scale.shape == scheme.scale_shape(shape)
+    assert (fk.amax(w, scheme) == 0).all() and (scale.float() == 2.0**-126).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_dequantize_tells_the_scheme_from_the_shapes(scheme):
+    """Where the extents divide the shape, no scheme need be named."""
+    w = torch.randn(2, 256, 384)
+    q, scale = fk.quantize(w, scheme)
+    assert torch.equal(fk.dequantize(q, scale, torch.float32), fk.dequantize(q, scale, torch.float32, scheme))
+
+
+def test_dequantize_asks_for_the_scheme_where_shapes_do_not_tell():
+    """5 columns of scales over 576 may be 128 wide, or 116."""
+    q, scale = fk.quantize(torch.randn(130, 576), "per_block")
+    with pytest.raises(ValueError, match="`scheme` must be given"):
+        fk.dequantize(q, scale)
+    assert fk.dequantize(q, scale, torch.float16, "per_block").dtype == torch.float16
+
+
+BAD_CALLS = {
+    "not a tensor": (lambda w: fk.quantize([1.0]), TypeError, "`w` must be a tensor, got list"),
+    "integer weight": (lambda w: fk.quantize(w.int()), TypeError, "`w` must be one of bfloat16.*got int32"),
+    "float64 weight": (lambda w: fk.amax(w.double()), TypeError, "`w` must be one of.*got float64"),
+    "one dimension": (lambda w: fk.quantize(w[0]), ValueError, "at least two dimensions"),
+    "unknown scheme": (lambda w: fk.quantize(w, "per_row"), ValueError, "per_channel"),
+    "fp8 dtype": (lambda w: fk.quantize(w, dtype=torch.int8), TypeError, "`dtype` must be one of float8_e4m3fn"),
+    "amax shape": (lambda w: fk.quantize(w, amax=torch.ones(3)), ValueError, r"`amax` must have shape \(4, 1\)"),
+    "q dtype": (lambda w: fk.quantize(w, out=(w, w)), TypeError, r"`out\[0\]` must be one of float8"),
+    "scale shape": (
+        lambda w: fk.quantize(w, out=(w.to(torch.float8_e4m3fn), torch.ones(4))),
+        ValueError,
+        r"`out\[1\]` must have shape",
+    ),
+    "device": (lambda w: fk.amax(w, out=torch.ones((), device="meta")), ValueError, "`out` must be on cpu, got meta"),
+    "accumulate": (lambda w: fk.amax(w, accumulate=True), ValueError, "must come with `out`"),
+    "unknown backend": (lambda w: fk.quantize(w, backend="metal"), ValueError, "`backend` must be one of"),
+    "other device's backend": (
+        lambda w: fk.quantize(w, backend="triton"),
+        RuntimeError,
+        "does not serve tensors on cpu",
+    ),
+    "dequantize weight": (lambda w: fk.dequantize(w, w), TypeError, "`q` must be one of float8"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_arguments_are_named(call, error, message):
+    """The message names the argument, the rule and what came instead."""
+    with pytest.raises(error, match=message):
+        call(torch.randn(4, 6))
+
+
+def op_calls():
+    """One call of each registered op, in the canonical form."""
+    w, q = torch.randn(2, 6, 10), torch.zeros(2, 6, 10, dtype=torch.float8_e4m3fn)
+    yield "quantize_out", (w, None, q, torch.empty(2, 6, 1), 1, -1, False)
+    yield "quantize_out", (w, torch.ones(2, 1, 1), q, torch.empty(2, 1, 1), -1, -1, True)
+    yield "amax_out", (w, torch.zeros(2, 2, 2), 4, 8, True)
+    yield "dequantize_out", (q, torch.ones(2, 6, 1), w, 1, -1)
+
+
+@pytest.mark.parametrize("name, args", list(op_calls()))
+def test_opcheck(name, args, monkeypatch):
+    """Schema, fake, autograd registration and AOT dispatch agree with what the op does."""
+    allclose = torch.allclose
+
+    def allclose_with_fp8(a, b, **kwargs):  # torch's own has no FP8 kernel, and opcheck compares with it
+        return allclose(a.float(), b.float(), **kwargs) if a.dtype in FP8 else allclose(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "allclose", allclose_with_fp8)
+    torch.library.opcheck(getattr(torch.ops.fp8_kernels, name).default, args)
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_compiles_without_a_graph_break(scheme):
+    """fullgraph=True, and the same bits as eager."""
+
+    def step(w):
+        q, scale = fk.quantize(w * 2, scheme)
+        return q, scale, fk.dequantize(q, scale, torch.float32, scheme), fk.amax(w, scheme)
+
+    w = torch.randn(40, 70)
+    for got, want in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(w), step(w), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
+def test_fakes_work_on_meta_tensors():
+    """Planning code can run the ops without data."""
+    q, scale = fk.quantize(torch.empty(3, 40, 50, device="meta"), "per_block")
+    assert q.is_meta and scale.shape == as_scheme("per_block").scale_shape((3, 40, 50))

@@ -1,0 +1,156 @@
+"""reference.py against a float64 oracle and against the rules of its docstring, one by one."""
+
+import pytest
+import torch
+
+from fp8_kernels import reference
+from fp8_kernels.schemes import SCHEMES, WHOLE
+
+FP8 = tuple(reference.FP8_MAX)
+BLOCKS = [(WHOLE, WHOLE), (1, WHOLE), (128, 128), (1, 128), (1, 32), (3, 5), (WHOLE, 4), (2, WHOLE)]
+
+
+def bits(t):
+    """The stored bits, for comparisons that tell -0 from 0 and one NaN from another."""
+    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def all_codes(fp8_dtype):
+    """Every finite value of an FP8 format, ascending, in float64."""
+    values = torch.arange(256, dtype=torch.uint8).view(fp8_dtype).double()
+    return values[values.isfinite()].unique()
+
+
+@pytest.mark.parametrize("fp8_dtype", FP8)
+def test_cast_is_the_nearest_code_with_ties_to_even(fp8_dtype):
+    """Halfway points go to the code whose last bit is 0; everything else to the nearer neighbour."""
+    codes = all_codes(fp8_dtype)
+    lower, upper = codes[:-1], codes[1:]
+    middle = (lower + upper) / 2
+    x = torch.cat([codes, middle, torch.lerp(lower, upper, 0.4999), torch.lerp(lower, upper, 0.5001)])
+    got = reference.cast(x.float()[None, None], torch.ones(1, 1, 1), fp8_dtype, 1, WHOLE)[0, 0]
+    distance = (got.double() - x).abs()
+    assert torch.equal(distance, (x[:, None] - codes).abs().amin(1))
+    ties = got[len(codes) : len(codes) + len(middle)].view(torch.uint8)
+    assert (ties & 1 == 0).all()
+
+
+@pytest.mark.parametrize("fp8_dtype", FP8)
+@pytest.mark.parametrize("block_n, block_k", BLOCKS)
+def test_error_is_at_most_half_a_unit_in_the_last_place(fp8_dtype, block_n, block_k):
+    """|w - q * scale| <= ulp(q) / 2 * scale, in float64, where scale is not rounded up to a floor."""
+    w = torch.randn(2, 37, 150) * torch.logspace(-3, 3, 150)
+    q, scale = reference.quantize(w, fp8_dtype, block_n, block_k)
+    mantissa_bits, min_exponent = (3, -6) if fp8_dtype == torch.float8_e4m3fn else (2, -14)
+    exponent = q.double().abs().clamp(min=2.0**min_exponent).log2().floor()
+    half_ulp = torch.exp2(exponent - mantissa_bits - 1)
+    scale = reference._per_element(scale, w.shape, block_n, block_k).double()
+    # The quotient was rounded to fp32 before it was rounded to FP8: one part in 2^24 may be added.
+    assert ((w.double() - q.double() * scale).abs() <= half_ulp * scale * (1 + 2**-15)).all()
+
+
+@pytest.mark.parametrize("block_n, block_k", BLOCKS)
+def test_each_group_is_scaled_by_its_own_amax(block_n, block_k):
+    """Groups cut out and quantized alone give the same codes and scales, partial edges included."""
+    w = torch.randn(2, 29, 133)
+    q, scale = reference.quantize(w, torch.float8_e4m3fn, block_n, block_k)
+    step_n, step_k = (29 if block_n == WHOLE else block_n), (133 if block_k == WHOLE else block_k)
+    for e in range(2):
+        for i, n in enumerate(range(0, 29, step_n)):
+            for j, k in enumerate(range(0, 133, step_k)):
+                group = (slice(e, e + 1), slice(n, n + step_n), slice(k, k + step_k))
+                alone, alone_scale = reference.quantize(w[group], torch.float8_e4m3fn, WHOLE, WHOLE)
+                assert scale[e, i, j] == w[group].abs().max() / 448 == alone_scale
+                assert torch.equal(bits(q[group]), bits(alone))
+
+
+def test_largest_magnitude_becomes_the_largest_code():
+    """amax / scale is at most 448 and rounds to it."""
+    w = torch.randn(1, 64, 64)
+    q, _ = reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE)
+    assert (q.float().abs().amax(-1) == 448).all()
+
+
+def test_zero_groups_have_a_finite_scale_and_zero_codes():
+    """The floor is 2^-126: harmless in a maximum of scales, unlike 1."""
+    q, scale = reference.quantize(torch.zeros(1, 2, 3), torch.float8_e4m3fn, 1, WHOLE)
+    assert (scale == 2.0**-126).all() and (bits(q) == 0).all()
+
+
+def test_nan_makes_its_group_nan_and_no_other():
+    """No NaN is dropped; every NaN written is the canonical one."""
+    w = torch.randn(1, 3, 8)
+    w[0, 1, 2] = -torch.tensor(float("nan"))
+    q, scale = reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE)
+    assert (bits(q[0, 1]) == 0x7F).all() and bits(scale)[0, 1, 0] == 0x7FC00000
+    assert q[0, [0, 2]].float().isfinite().all() and scale[0, [0, 2]].isfinite().all()
+
+
+def test_infinity_makes_the_scale_infinite():
+    """IEEE: finite / Inf is 0 and Inf / Inf is NaN."""
+    w = torch.tensor([[[1.0, float("-inf"), -2.0]]])
+    q, scale = reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE)
+    assert scale.item() == float("inf")
+    assert bits(q).tolist() == [[[0, 0x7F, 0x80]]]
+
+
+def test_cast_saturates_at_a_given_amax():
+    """Values beyond the given amax, Inf too, become the largest code, never NaN."""
+    w = torch.tensor([[[1.0, 500.0, -1e30, float("inf")]]])
+    q, _ = reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE, amax_in=torch.full((1, 1, 1), 448.0))
+    assert q.float().tolist() == [[[1.0, 448.0, -448.0, 448.0]]]
+
+
+@pytest.mark.parametrize("fp8_dtype", FP8)
+def test_pow2_scales_are_rounded_up(fp8_dtype):
+    """The smallest power of two that saturates nothing."""
+    amax = torch.cat([torch.rand(1000) * 1e4, torch.tensor([448.0, 896.0, 57344.0, 0.0, 1e-44])])
+    scale = reference.scale_from_amax(amax, fp8_dtype, pow2=True)
+    exact = amax / reference.FP8_MAX[fp8_dtype]
+    assert (scale.log2() == scale.log2().round()).all()
+    assert (scale >= exact).all() and (scale / 2 < exact.clamp(min=2.0**-126)).all()
+
+
+def test_e8m0_scales_are_the_pow2_scales():
+    """The same value, stored as its biased exponent; non-finite becomes e8m0's NaN."""
+    amax = torch.tensor([0.0, 1.0, 448.0, 449.0, 3e38, float("inf"), float("nan")])
+    e8m0 = reference.scale_from_amax(amax, torch.float8_e4m3fn, True, torch.float8_e8m0fnu)
+    fp32 = reference.scale_from_amax(amax, torch.float8_e4m3fn, True)
+    assert torch.equal(e8m0.float()[:5], fp32[:5]) and bits(e8m0)[5:].tolist() == [0xFF, 0xFF]
+
+
+def test_bf16_scales_are_rounded_before_they_are_used():
+    """So that codes belong to the scale that is stored."""
+    w = torch.randn(1, 16, 100)
+    q, scale = reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE, scale_dtype=torch.bfloat16)
+    assert scale.dtype == torch.bfloat16
+    assert torch.equal(bits(q), bits(reference.cast(w, scale.float(), torch.float8_e4m3fn, 1, WHOLE)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nothing_passes_through_bf16(dtype):
+    """fp16 and fp32 weights keep the bits that bf16 would lose."""
+    w = torch.randn(1, 64, 64).to(dtype)
+    exact, _ = reference.quantize(w.double().float(), torch.float8_e4m3fn, 1, WHOLE)
+    assert torch.equal(bits(exact), bits(reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE)[0]))
+    rounded, _ = reference.quantize(w.bfloat16(), torch.float8_e4m3fn, 1, WHOLE)
+    assert not torch.equal(bits(exact), bits(rounded))
+
+
+def test_division_is_not_multiplication_by_the_reciprocal():
+    """bf16 weights meet exact ties often, where the reciprocal's rounding error decides differently."""
+    w = torch.randn(1, 512, 512).bfloat16()
+    q, scale = reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE)
+    by_reciprocal = (w.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    changed = (bits(q) != bits(by_reciprocal)).float().mean()
+    assert 0 < changed < 1e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_dequantize_rounds_once(scheme):
+    """q * scale in fp32, then one rounding to the result's dtype."""
+    w = torch.randn(2, 65, 130)
+    q, scale = reference.quantize(w, torch.float8_e4m3fn, *scheme.block, scheme.pow2, scheme.scale_dtype)
+    fp32 = reference.dequantize(q, scale, torch.float32, *scheme.block)
+    assert torch.equal(fp32.bfloat16(), reference.dequantize(q, scale, torch.bfloat16, *scheme.block))
+    assert ((fp32 - w).abs() <= w.abs() / 16 + reference._per_element(scale, w.shape, *scheme.block) * 2**-9).all()
