@@ -19,14 +19,14 @@ from ..schemes import Scheme, as_scheme
 # What stays in high precision unless `include` names it. Each is about the role of a layer, told by the
 # words that model families use for it; small layers that decide (routers, norms) lose more than they save.
 KEPT_BY_DEFAULT = {
-    "embedding": r"(^|[._])(embed|embeds|embeddings?|embed_tokens|wte|wpe|tok_embeddings)([._]|$)",
+    "embedding": r"(^|[._])(embed|embeds|embeddings?|wte|wpe|relative_attention_bias)([._]|$)",
     "output head": r"(^|\.)(lm_head|output_projection|embed_out|score|classifier)(\.|$)",
     "norm": r"norm|(^|\.)ln_\w+(\.|$)",
-    "router": r"(^|[._])(router|gate|gate_proj_router|shared_expert_gate)\.(weight|wg\.weight)$",
+    "router": r"(^|[._])(router|gate|shared_expert_gate)(\.|$)",
     "convolution": r"(^|[._])(conv\d?d?|patch_embed)([._]|$)",
 }
 _KEPT = {role: re.compile(pattern, re.IGNORECASE) for role, pattern in KEPT_BY_DEFAULT.items()}
-_EXPERTS = re.compile(r"(^|[._])(experts|w13|w2|w1|w3)([._]|$)|(gate_up_proj|down_proj|up_proj|gate_proj)$")
+_EXPERTS = re.compile(r"(^|[._])(experts|moe|w13|w2|w1|w3)([._]|$)|(gate_up_proj|down_proj|up_proj|gate_proj)$")
 _LEAVES = re.compile(r"(^|[._])(weight|w13|w2|w1|w3|gate_up_proj|down_proj|up_proj|gate_proj)$")
 HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,7 +68,7 @@ class Rules:
             return None, f"is {str(dtype).removeprefix('torch.')}"
         if len(shape) not in (2, 3):
             return None, f"has {len(shape)} dimensions"
-        if not included and not own:
+        if not included:
             kept = _kept_by_default(name, shape, module)
             if kept:
                 return None, kept
