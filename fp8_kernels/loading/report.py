@@ -35,16 +35,16 @@ class Report:
         lines = [
             f"{self.quantized_tensors} weights ({self.quantized_units} units) to FP8 {self.scheme} on {self.device}, "
             f"{len(self.passed_through)} passed through",
-            f"{_size(self.bytes_in)} in, {_size(self.bytes_out)} out, {self.seconds:.2f} s"
+            f"{size_text(self.bytes_in)} in, {size_text(self.bytes_out)} out, {self.seconds:.2f} s"
             + (f" ({gigabytes / self.seconds:.2f} GB/s)" if self.seconds else ""),
         ]
         if self.seconds_by_phase:
             lines.append(", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds_by_phase.items()))
-        lines.append(f"staging peak {_size(self.peak_staging_bytes)}")
+        lines.append(f"staging peak {size_text(self.peak_staging_bytes)}")
         if self.peak_allocated is not None:
             lines.append(
-                f"resident {_size(self.resident)}, peak allocated {_size(self.peak_allocated)}, "
-                f"peak reserved {_size(self.peak_reserved)}"
+                f"resident {size_text(self.resident)}, peak allocated {size_text(self.peak_allocated)}, "
+                f"peak reserved {size_text(self.peak_reserved)}"
             )
         for label, names in (("arrived twice", self.duplicates), ("rewritten while open", self.rewrites)):
             if names:
@@ -52,7 +52,8 @@ class Report:
         return "\n".join(lines)
 
 
-def _size(num_bytes):
+def size_text(num_bytes: int) -> str:
+    """A number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

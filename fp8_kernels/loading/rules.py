@@ -67,7 +67,7 @@ class Rules:
         if dtype not in HIGH_PRECISION:
             return None, f"is {str(dtype).removeprefix('torch.')}"
         if len(shape) not in (2, 3):
-            return None, f"has {len(shape)} dimensions"
+            return None, f"{len(shape)}-D"
         if not included:
             kept = _kept_by_default(name, shape, module)
             if kept:
@@ -102,7 +102,7 @@ def _kept_by_default(name, shape, module):
     elif not _LEAVES.search(name):
         return "not a weight"
     elif len(shape) == 3 and not _EXPERTS.search(name):
-        return "3 dimensions, but not experts"
+        return "3-D, but not experts"
     return next((role for role, pattern in _KEPT.items() if pattern.search(name)), None)
 
 
