@@ -1,0 +1,106 @@
+"""A folder that appears only when it is complete, and whose making can be resumed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .safetensors_file import TEMPORARY_SUFFIX, sync_folder
+
+PARTIAL_SUFFIX = ".partial"
+_RECORD = ".conversion.json"
+
+
+class PartialFolder:
+    """Stands for `<dst>.partial` until `commit` renames it to `dst`.
+
+    Whoever fills it gives every file its name only when that file is complete, so what has a name there can be kept
+    when the work is resumed.
+
+    Args:
+        dst: the folder to make; must not exist, or be empty.
+        identity: all that determines the content, as text. A partial folder of the same identity is resumed.
+        overwrite: allow `dst` to hold something, which `commit` replaces, and start over where the partial folder
+            is of another identity.
+
+    Raises:
+        CheckpointError: `dst` is in use, the partial folder is of something else, or nothing can be written.
+    """
+
+    def __init__(self, dst: Path, identity: str, overwrite: bool = False):
+        self._dst = dst
+        self.path = dst.with_name(dst.name + PARTIAL_SUFFIX)
+        if dst.exists() and not dst.is_dir():
+            raise CheckpointError(f"{dst} must be a folder, but a file has that name")
+        if dst.is_dir() and any(dst.iterdir()) and not overwrite:
+            raise CheckpointError(f"{dst} must not exist or be empty; overwrite=True replaces it")
+        try:
+            if self.path.exists() and not self._holds(identity):
+                if not overwrite:
+                    raise CheckpointError(
+                        f"{self.path} was left by a conversion with other options, of another source or by another "
+                        "version; remove it, or start over with overwrite=True"
+                    )
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_text(_RECORD, identity)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def has(self, name: str) -> bool:
+        """Is that file there already, complete?"""
+        return (self.path / name).exists()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Make one text file, durable and all at once."""
+        path = self.path / name
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def copy(self, name: str, source: Path) -> None:
+        """Carry a file over; links are followed."""
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+        except OSError as error:
+            raise CheckpointError(f"cannot copy {source} to {path}: {error.strerror or error}") from error
+
+    def commit(self) -> None:
+        """Give the folder its name."""
+        try:
+            for leftover in self.path.glob(f"*{TEMPORARY_SUFFIX}"):
+                leftover.unlink()
+            (self.path / _RECORD).unlink()
+            sync_folder(self.path)
+            replaced = None
+            if self._dst.is_dir() and any(self._dst.iterdir()):
+                replaced = self._dst.with_name(self._dst.name + ".replaced")
+                self._dst.rename(replaced)
+            elif self._dst.is_dir():
+                self._dst.rmdir()
+            self.path.rename(self._dst)
+            sync_folder(self._dst.absolute().parent)
+            if replaced is not None:
+                shutil.rmtree(replaced)
+        except OSError as error:
+            raise CheckpointError(f"cannot rename {self.path} to {self._dst}: {error.strerror or error}") from error
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _holds(self, identity):
+        try:
+            return (self.path / _RECORD).read_text(encoding="utf-8") == identity
+        except FileNotFoundError:  # stopped before the record had its name; then nothing else has one either
+            return all(entry.name.endswith(TEMPORARY_SUFFIX) for entry in self.path.iterdir())

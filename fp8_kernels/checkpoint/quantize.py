@@ -1,0 +1,290 @@
+"""Turn a checkpoint into an FP8 checkpoint, tensor by tensor, in bounded memory, atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from .. import ops
+from ..errors import CheckpointError, NonFiniteWeightError, UnsupportedLayoutError
+from ..loading.report import Report
+from ..loading.rules import HIGH_PRECISION, Rules
+from ..schemes import PerTensor, Scheme, as_scheme, scheme_name
+from .folder import PartialFolder
+from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, family_of, module_of
+from .plan import PlannedTensor, plan_checkpoint
+from .reader import Checkpoint, open_checkpoint
+from .safetensors_file import SafetensorsWriter, num_bytes
+
+INDEX = "model.safetensors.index.json"
+
+
+def quantize_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    scheme: str | Scheme = "per_channel",
+    format: str = "compressed-tensors",
+    *,
+    ignore: Iterable[str] = (),
+    include: Iterable[str] = (),
+    schemes: Mapping[str, str | Scheme] | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int, str], None] | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write an FP8 checkpoint folder that engines load.
+
+    Weights pass through one at a time. The folder is made under `<dst>.partial` and renamed when it is complete;
+    a call with the same arguments resumes what an interrupted one left there, file by file, to the same bytes.
+
+    Args:
+        src: a Hugging Face folder, or a single .safetensors file.
+        dst: the folder to make.
+        scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`.
+        format: "compressed-tensors" or "fp8", see `formats`.
+        dtype: of the codes.
+        device: where the weights are quantized; the bits do not depend on it.
+        progress: called with (bytes done, bytes in total, tensor name) after every tensor.
+        overwrite: replace `dst`, and start over where `<dst>.partial` is of another conversion.
+
+    Returns:
+        What was done; the counts and bytes of a resumed conversion are those of the whole.
+
+    Raises:
+        CheckpointError: `src` cannot be read or is quantized already, or `dst` cannot be written.
+        UnsupportedLayoutError: the format's engines would not load one of the weights; says what works.
+        UnmatchedPatternError: a pattern matches no tensor.
+        NonFiniteWeightError: some weights hold NaN or Inf; lists them all, and nothing is left behind.
+        ValueError: an unknown scheme or format.
+    """
+    start = time.perf_counter()
+    fmt, scheme = as_format(format), as_scheme(scheme)
+    checkpoint = open_checkpoint(src)
+    items = select(checkpoint, fmt, dtype, scheme=scheme, ignore=ignore, include=include, schemes=schemes)
+    stored = {name: _stored(item, fmt, dtype) for name, item in items.items()}
+    quantizer = Quantizer(checkpoint, items, dtype, device)
+    dst = Path(dst)
+    if not checkpoint.is_single_file and checkpoint.folder.resolve() in (dst.resolve(), *dst.resolve().parents):
+        raise CheckpointError(f"`dst` must lie outside of the source {checkpoint.folder}, got {dst}")
+    folder = PartialFolder(dst, _identity(checkpoint, fmt, items, dtype), overwrite)
+    try:
+        seconds = _write_weights(checkpoint, folder, items, quantizer, stored, progress)
+    except NonFiniteWeightError:
+        folder.discard()  # resuming could only fail again
+        raise
+    _write_the_rest(checkpoint, folder, items, stored, fmt)
+    folder.commit()
+    num_quantized = sum(item.scheme is not None for item in items.values())
+    return Report(
+        scheme=scheme_name(scheme),
+        device=str(device),
+        quantized_units=num_quantized,
+        quantized_tensors=num_quantized,
+        passed_through={name: item.why for name, item in items.items() if item.scheme is None},
+        shards=len(items),
+        bytes_in=sum(item.bytes_in for item in items.values()),
+        bytes_out=sum(num_bytes(*layout) for entries in stored.values() for layout in entries.values()),
+        seconds=time.perf_counter() - start,
+        seconds_by_phase=seconds,
+        peak_staging_bytes=quantizer.peak_bytes,
+    )
+
+
+def select(checkpoint: Checkpoint, fmt: Format, dtype: torch.dtype, **selection) -> dict[str, PlannedTensor]:
+    """What becomes of every tensor, by name; whatever the headers can tell is refused here.
+
+    Args:
+        selection: scheme, ignore, include, schemes.
+
+    Raises:
+        CheckpointError, UnsupportedLayoutError, UnmatchedPatternError: as `quantize_checkpoint`.
+    """
+    _refuse_what_is_no_source(checkpoint)
+    items = {item.name: item for item in plan_checkpoint(checkpoint, **selection).tensors}
+    rules = Rules(**selection)
+    for name, item in items.items():
+        if item.scheme is not None:
+            fmt.check(name, item.shape, item.scheme, dtype)
+        elif item.dtype not in HIGH_PRECISION and rules.decide(name, item.shape, torch.float32)[0] is not None:
+            raise CheckpointError(
+                f"`{name}` in {checkpoint.folder} must be bfloat16, float16 or float32 to become FP8, "
+                f"got {str(item.dtype).removeprefix('torch.')}; ignore=[{name!r}] keeps it as it is"
+            )
+    if all(item.scheme is None for item in items.values()):
+        raise CheckpointError(f"{checkpoint.folder} holds no weight that would become FP8")
+    for item in items.values():
+        _check_family(items, item)
+    return items
+
+
+class Quantizer:
+    """Quantizes the weights of one checkpoint; knows which of them share a scale.
+
+    Args:
+        checkpoint: to read the other members of a fused family from.
+        items: what becomes of every tensor, by name.
+        dtype: of the codes.
+        device: where to work.
+
+    Attributes:
+        peak_bytes: the most that one weight with its codes and scales has taken.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, items: Mapping[str, PlannedTensor], dtype: torch.dtype, device):
+        self._checkpoint, self._items, self._dtype, self._device = checkpoint, items, dtype, torch.device(device)
+        self._shared: dict[str, torch.Tensor] = {}  # amax of every per_tensor weight so far; four bytes each
+        self.peak_bytes = 0
+
+    def quantize(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, fp32 scales) on the CPU, in the shapes that are stored.
+
+        Raises:
+            NonFiniteWeightError: the weight holds NaN or Inf; names every such weight of the checkpoint.
+        """
+        scheme = self._items[name].scheme
+        weight = weight.to(self._device)
+        amax = self._shared_amax(name, weight) if isinstance(scheme, PerTensor) else None
+        q, scale = ops.quantize(weight, scheme, dtype=self._dtype, amax=amax)
+        if not scale.float().isfinite().all():
+            raise NonFiniteWeightError(f"weights hold NaN or Inf: {', '.join(self._all_non_finite())}")
+        self.peak_bytes = max(self.peak_bytes, weight.nbytes + q.nbytes + scale.nbytes)
+        return q.cpu(), scale.float().cpu().reshape(scale.shape or (1,))
+
+    def _shared_amax(self, name, weight):
+        """The largest amax of the fused family; each member is read once more at most, in whichever file it is."""
+        family = [member for member in family_of(name) if member in self._items]
+        for member in family:
+            if member not in self._shared:
+                values = weight if member == name else self._checkpoint.read(member).to(self._device)
+                self._shared[member] = ops.amax(values, "per_tensor")
+        return torch.stack([self._shared[member] for member in family]).amax(dim=0)
+
+    def _all_non_finite(self):
+        for name, weight in self._checkpoint.tensors():
+            if self._items[name].scheme is not None and not ops.amax(weight, "per_tensor").isfinite():
+                yield name
+
+
+def _write_weights(checkpoint, folder, items, quantizer, stored, progress):
+    """Write each weight file that is not there yet; returns seconds by phase.
+
+    Args:
+        stored: name of a tensor -> {name: (dtype, shape)} of what is stored for it.
+    """
+    seconds = {"quantize": 0.0, "write": 0.0}
+    done, total = 0, sum(item.bytes_in for item in items.values())
+    for file in checkpoint.files:
+        names = [name for name, info in checkpoint.metadata().items() if info.file == file]
+        if folder.has(_output_name(file)):
+            done += sum(items[name].bytes_in for name in names)
+            continue
+        entries = {entry: layout for name in names for entry, layout in stored[name].items()}
+        with SafetensorsWriter(folder.path / _output_name(file), entries, {"format": "pt"}) as writer:
+            for name, tensor in checkpoint.tensors(file):
+                start = time.perf_counter()
+                values = (tensor,) if items[name].scheme is None else quantizer.quantize(name, tensor)
+                quantized = time.perf_counter()
+                for entry, value in zip(stored[name], values, strict=True):
+                    writer.write(entry, value)
+                seconds["quantize"] += quantized - start
+                seconds["write"] += time.perf_counter() - quantized
+                done += items[name].bytes_in
+                if progress:
+                    progress(done, total, name)
+                del tensor, values, value  # before the next one is read
+    return seconds
+
+
+def _write_the_rest(checkpoint, folder, items, stored, fmt):
+    """The index, config.json and whatever else the source folder holds."""
+    if checkpoint.sharded:
+        files = {name: _output_name(info.file) for name, info in checkpoint.metadata().items()}
+        weight_map = {entry: files[name] for name in items for entry in stored[name]}
+        total = sum(num_bytes(*layout) for name in items for layout in stored[name].values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+    for name in checkpoint.other_files():
+        if name != "config.json":
+            folder.copy(name, checkpoint.folder / name)
+    schemes = {module_of(item.name): item.scheme for item in items.values() if item.scheme is not None}
+    config = checkpoint.config | {"quantization_config": fmt.config(schemes, _kept_modules(items))}
+    folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _stored(item, fmt, dtype):
+    """{name: (dtype, shape)} of what is stored for a tensor."""
+    if item.scheme is None:
+        return {item.name: (item.dtype, item.shape)}
+    scale = (torch.float32, fmt.scale_shape(item.shape, item.scheme))
+    return {item.name: (dtype, item.shape), fmt.scale_name(item.name): scale}
+
+
+def _kept_modules(items):
+    """Modules that stay in high precision, by their exact names.
+
+    A checkpoint does not say which of them are Linear. Naming one that is not does no harm, leaving out one that is
+    makes engines expect scales for it; so all are named whose weight has the shape of one.
+    """
+    kept = [item.name for item in items.values() if item.scheme is None and len(item.shape) in (2, 3)]
+    modules = {module_of(name) for name in kept if name.endswith(".weight") or len(items[name].shape) == 3}
+    if f"{TIED_HEAD}.weight" not in items:
+        modules.add(TIED_HEAD)
+    return sorted(modules)
+
+
+def _refuse_what_is_no_source(checkpoint):
+    """Raise for checkpoints that are quantized already, or whose rows are not output channels."""
+    folder, config = checkpoint.folder, checkpoint.config
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                method = part[key].get("quant_method", "unknown") if isinstance(part[key], dict) else part[key]
+                raise CheckpointError(f"{folder} is quantized already (`{key}` of config.json: {method})")
+    if not checkpoint.is_single_file and (folder / "hf_quant_config.json").exists():
+        raise CheckpointError(f"{folder} is quantized already (it holds hf_quant_config.json)")
+    for name in checkpoint.metadata():
+        if name.endswith((".weight_scale", ".weight_scale_inv")):
+            raise CheckpointError(f"{folder} is quantized already (it holds `{name}`)")
+    if config.get("model_type") in TRANSPOSED_MODEL_TYPES:
+        raise UnsupportedLayoutError(
+            f"{folder}: checkpoints of {config['model_type']} store weights as [K, N], which no FP8 format can say"
+        )
+
+
+def _check_family(items, item):
+    """Shards that engines fuse must be treated alike."""
+    for other in family_of(item.name):
+        if other in items and items[other].scheme != item.scheme:
+            treated = [scheme_name(each.scheme) if each.scheme else "kept" for each in (item, items[other])]
+            raise UnsupportedLayoutError(
+                f"`{item.name}` ({treated[0]}) and `{other}` ({treated[1]}) must be treated alike, "
+                "since engines load them into one weight"
+            )
+
+
+def _output_name(file):
+    """The same file name, but always safetensors: pytorch_model-00001-of-00002.bin -> model-00001-of-00002..."""
+    stem = file.removesuffix(".safetensors").removesuffix(".bin").removesuffix(".pt").removesuffix(".pth")
+    return f"{stem.replace('pytorch_model', 'model')}.safetensors"
+
+
+def _identity(checkpoint, fmt, items, dtype):
+    """Everything that the written bytes depend on, as text."""
+    from .. import __version__  # not above: the package imports this module before it knows its version
+
+    files = [*checkpoint.files, *checkpoint.other_files()]
+    stats = {file: os.stat(checkpoint.folder / file) for file in files}
+    content = {
+        "version": __version__,
+        "source": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "format": fmt.name,
+        "dtype": str(dtype),
+        "schemes": {item.name: repr(item.scheme) for item in items.values() if item.scheme is not None},
+    }
+    return json.dumps(content, indent=1, sort_keys=True)

@@ -1,0 +1,229 @@
+"""Read Hugging Face checkpoint folders: names, dtypes and shapes from headers alone, tensors one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from .safetensors_file import DTYPES, num_bytes
+
+# What a folder may hold, in the order in which Hugging Face libraries look for it.
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Files that hold weights in some format, or speak of them; a conversion does not carry them over.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_LFS_MAGIC = b"version https://git-lfs"
+# Pages of a mapped file count as resident until it is unmapped, so a file is mapped anew after this much.
+_REMAP_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor; `file` is the name of the file in the checkpoint's folder."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.dtype, self.shape)
+
+
+class Checkpoint:
+    """A checkpoint whose headers have been read and found consistent. Made by `open_checkpoint`.
+
+    Attributes:
+        folder: that holds it.
+        files: names of its weight files, in order.
+        config: config.json as a dict; empty where there is none.
+        sharded: whether an index lists its files.
+        is_single_file: whether it is a file alone, so that the rest of its folder does not belong to it.
+    """
+
+    def __init__(
+        self, folder: Path, files: list[str], config: dict, index: dict[str, str] | None, is_single_file=False
+    ):
+        self.folder, self.files, self.config, self.is_single_file = folder, files, config, alone
+        self.sharded = index is not None
+        self._metadata = {}
+        for file in files:
+            for name, info in _read_header(folder / file).items():
+                if name in self._metadata:
+                    raise CheckpointError(f"{folder}: `{name}` is in two files, {self._metadata[name].file} and {file}")
+                self._metadata[name] = info
+        for name, file in (index or {}).items():
+            if name not in self._metadata:
+                raise CheckpointError(f"{folder}: the index puts `{name}` in {file}, which does not hold it")
+            if self._metadata[name].file != file:
+                found = self._metadata[name].file
+                raise CheckpointError(f"{folder}: the index puts `{name}` in {file}, but it is in {found}")
+
+    def metadata(self) -> dict[str, TensorInfo]:
+        """Name -> dtype, shape and file of every tensor, in file order."""
+        return dict(self._metadata)
+
+    def tensors(self, file: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) in file order, each read when it is asked for.
+
+        Args:
+            file: one of `files`; by default all of them, one after another.
+        """
+        for each in self.files if file is None else [file]:
+            names = [name for name, info in self._metadata.items() if info.file == each]
+            yield from _read_tensors(self.folder / each, names)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor by name."""
+        if name not in self._metadata:
+            raise KeyError(f"{self.folder} holds no tensor `{name}`")
+        return next(_read_tensors(self.folder / self._metadata[name].file, [name]))[1]
+
+    def other_files(self) -> list[str]:
+        """Paths, relative to `folder`, of everything but weights, their index and hidden files."""
+        if self.is_single_file:
+            return []
+        found = []
+        for folder, subfolders, names in os.walk(self.folder):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__pycache__")))
+            for name in sorted(names):
+                if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES):
+                    found.append(os.path.relpath(os.path.join(folder, name), self.folder))
+        return found
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Open a Hugging Face folder, or a single .safetensors file.
+
+    Every header is read, no tensor is. Of several layouts in one folder the first of `LAYOUTS` counts, as it
+    does for Hugging Face libraries; a folder with a single .safetensors file of another name is taken too.
+
+    Raises:
+        CheckpointError: there is no checkpoint at `path`, or it is damaged; names the file and the tensor.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} must be a folder or a .safetensors file")
+        return Checkpoint(path.parent, [path.name], {}, alone=True)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    for layout in LAYOUTS:
+        if not os.path.lexists(path / layout):
+            continue
+        if not layout.endswith(".index.json"):
+            return Checkpoint(path, [layout], config)
+        index = _read_index(path / layout)
+        return Checkpoint(path, sorted(set(index.values())), config, index)
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    if len(others) == 1:
+        return Checkpoint(path, others, config)
+    if others:
+        raise CheckpointError(f"{path} holds {len(others)} safetensors files but no index: {LAYOUTS[1]}")
+    raise CheckpointError(f"{path} is not a checkpoint: it holds none of {', '.join(LAYOUTS)}")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _refuse_lfs_pointer(path)
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_index(path):
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} must hold a `weight_map` from tensor names to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != os.path.basename(file):
+            raise CheckpointError(f"{path}: `{name}` must be in a file of the same folder, got {file!r}")
+    return weight_map
+
+
+def _read_header(path):
+    """Name -> TensorInfo, in file order."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if path.suffix != ".safetensors":
+        return {name: TensorInfo(t.dtype, tuple(t.shape), path.name) for name, t in _load_pickle(path).items()}
+    infos = {}
+    with _open_safetensors(path) as file:
+        for name in file.offset_keys():
+            header = file.get_slice(name)
+            if header.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{path}: `{name}` is {header.get_dtype()}, which torch cannot hold")
+            infos[name] = TensorInfo(DTYPES[header.get_dtype()], tuple(header.get_shape()), path.name)
+    return infos
+
+
+def _read_tensors(path, names):
+    if path.suffix != ".safetensors":
+        state = _load_pickle(path)
+        for name in names:
+            yield name, state[name]
+        return
+    remaining = iter(names)
+    name = next(remaining, None)
+    while name is not None:
+        mapped = 0
+        with _open_safetensors(path) as file:
+            while name is not None and mapped < _REMAP_BYTES:
+                tensor = file.get_tensor(name)
+                mapped += tensor.nbytes
+                yield name, tensor
+                del tensor
+                name = next(remaining, None)
+
+
+def _open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        _refuse_lfs_pointer(path)
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {error}"
+        ) from error
+
+
+def _load_pickle(path):
+    """Name -> tensor, mapped from the file where its layout allows it."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:  # files older than torch 1.6 cannot be mapped
+            if "mmap" not in str(error):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+        _refuse_lfs_pointer(path)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is not a whole file of tensors alone: {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} must hold a dict of tensors, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: `{name}` must be a tensor, got {type(tensor).__name__}")
+    return state
+
+
+def _refuse_lfs_pointer(path):
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_MAGIC)) == _LFS_MAGIC:
+                raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`")
