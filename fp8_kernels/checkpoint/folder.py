@@ -78,7 +78,7 @@ class PartialFolder:
     def commit(self) -> None:
         """Give the folder its name."""
         try:
-            for leftover in self.path.glob(f"*{TEMPORARY_SUFFIX}"):
+            for leftover in self.path.glob(f"*.safetensors{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
             (self.path / _RECORD).unlink()
             sync_folder(self.path)

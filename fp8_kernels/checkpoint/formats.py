@@ -149,7 +149,7 @@ class CompressedTensors(Format):
         if weights.get("num_bits") != 8 or weights.get("type") != "float":
             return None
         if weights.get("strategy") == "block":
-            return PerBlock(*weights["block_structure"])
+            return _block_scheme(weights.get("block_structure"))
         return {"tensor": PerTensor(), "channel": PerChannel()}.get(weights.get("strategy"))
 
     def keeps(self, config, module):
@@ -180,8 +180,7 @@ class FineGrained(Format):
         }
 
     def scheme_of(self, config, module):
-        block = config.get("weight_block_size")
-        return PerBlock(*block) if block else PerTensor()
+        return _block_scheme(config.get("weight_block_size"))
 
     def keeps(self, config, module):
         # Readers match each entry as a pattern from the start of the name to a dot, or as the end of the name.
@@ -227,6 +226,11 @@ def _check_whole_blocks(format_name, name, shape):
             f"got {list(shape)}; scheme='per_channel' with format='compressed-tensors' works for any shape, "
             f"and ignore=[{name!r}] keeps this weight as it is"
         )
+
+
+def _block_scheme(block):
+    is_pair = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    return PerBlock(*block) if is_pair else None
 
 
 def _is_128_blocks(scheme):

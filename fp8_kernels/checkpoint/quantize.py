@@ -181,11 +181,12 @@ def _write_weights(checkpoint, folder, items, quantizer, stored, progress):
     done, total = 0, sum(item.bytes_in for item in items.values())
     for file in checkpoint.files:
         names = [name for name, info in checkpoint.metadata().items() if info.file == file]
-        if folder.has(_output_name(file)):
+        output = _output_name(checkpoint, file)
+        if folder.has(output):
             done += sum(items[name].bytes_in for name in names)
             continue
         entries = {entry: layout for name in names for entry, layout in stored[name].items()}
-        with SafetensorsWriter(folder.path / _output_name(file), entries, {"format": "pt"}) as writer:
+        with SafetensorsWriter(folder.path / output, entries, {"format": "pt"}) as writer:
             for name, tensor in checkpoint.tensors(file):
                 start = time.perf_counter()
                 values = (tensor,) if items[name].scheme is None else quantizer.quantize(name, tensor)
@@ -204,7 +205,7 @@ def _write_weights(checkpoint, folder, items, quantizer, stored, progress):
 def _write_the_rest(checkpoint, folder, items, stored, fmt):
     """The index, config.json and whatever else the source folder holds."""
     if checkpoint.sharded:
-        files = {name: _output_name(info.file) for name, info in checkpoint.metadata().items()}
+        files = {name: _output_name(checkpoint, info.file) for name, info in checkpoint.metadata().items()}
         weight_map = {entry: files[name] for name in items for entry in stored[name]}
         total = sum(num_bytes(*layout) for name in items for layout in stored[name].values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -268,10 +269,11 @@ def _check_family(items, item):
             )
 
 
-def _output_name(file):
-    """The same file name, but always safetensors: pytorch_model-00001-of-00002.bin -> model-00001-of-00002..."""
-    stem = file.removesuffix(".safetensors").removesuffix(".bin").removesuffix(".pt").removesuffix(".pth")
-    return f"{stem.replace('pytorch_model', 'model')}.safetensors"
+def _output_name(checkpoint, file):
+    """The name that engines look for: model.safetensors, or that of the shard, without its pickle past."""
+    if not checkpoint.sharded:
+        return "model.safetensors"
+    return f"{os.path.splitext(file)[0].replace('pytorch_model', 'model')}.safetensors"
 
 
 def _identity(checkpoint, fmt, items, dtype):

@@ -20,7 +20,7 @@ LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _LFS_MAGIC = b"version https://git-lfs"
 # Pages of a mapped file count as resident until it is unmapped, so a file is mapped anew after this much.
-_REMAP_BYTES = 256 << 20
+_REMAP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path, files: list[str], config: dict, index: dict[str, str] | None, is_single_file=False
+        self, folder: Path, files: list[str], config: dict, index: dict[str, str] | None = None, is_single_file=False
     ):
-        self.folder, self.files, self.config, self.is_single_file = folder, files, config, alone
+        self.folder, self.files, self.config, self.is_single_file = folder, files, config, is_single_file
         self.sharded = index is not None
+        self._opened, self._mapped = None, 0  # the file that was read last, and how much of it
         self._metadata = {}
         for file in files:
             for name, info in _read_header(folder / file).items():
@@ -75,15 +76,22 @@ class Checkpoint:
         Args:
             file: one of `files`; by default all of them, one after another.
         """
-        for each in self.files if file is None else [file]:
-            names = [name for name, info in self._metadata.items() if info.file == each]
-            yield from _read_tensors(self.folder / each, names)
+        for name, info in self._metadata.items():
+            if file in (None, info.file):
+                yield name, self.read(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor by name."""
+        """One tensor by name; its memory is the mapped file wherever the file's layout allows that."""
         if name not in self._metadata:
             raise KeyError(f"{self.folder} holds no tensor `{name}`")
-        return next(_read_tensors(self.folder / self._metadata[name].file, [name]))[1]
+        info = self._metadata[name]
+        if self._opened is None or self._opened[0] != info.file or self._mapped >= _REMAP_BYTES:
+            self._opened, self._mapped = None, 0
+            path = self.folder / info.file
+            self._opened = info.file, _open_safetensors(path) if _is_safetensors(path) else _load_pickle(path)
+        self._mapped += info.num_bytes
+        opened = self._opened[1]
+        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
     def other_files(self) -> list[str]:
         """Paths, relative to `folder`, of everything but weights, their index and hidden files."""
@@ -109,9 +117,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix != ".safetensors":
+        if not _is_safetensors(path):
             raise CheckpointError(f"{path} must be a folder or a .safetensors file")
-        return Checkpoint(path.parent, [path.name], {}, alone=True)
+        return Checkpoint(path.parent, [path.name], {}, is_single_file=True)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
@@ -160,7 +168,7 @@ def _read_header(path):
     """Name -> TensorInfo, in file order."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         return {name: TensorInfo(t.dtype, tuple(t.shape), path.name) for name, t in _load_pickle(path).items()}
     infos = {}
     with _open_safetensors(path) as file:
@@ -172,23 +180,8 @@ def _read_header(path):
     return infos
 
 
-def _read_tensors(path, names):
-    if path.suffix != ".safetensors":
-        state = _load_pickle(path)
-        for name in names:
-            yield name, state[name]
-        return
-    remaining = iter(names)
-    name = next(remaining, None)
-    while name is not None:
-        mapped = 0
-        with _open_safetensors(path) as file:
-            while name is not None and mapped < _REMAP_BYTES:
-                tensor = file.get_tensor(name)
-                mapped += tensor.nbytes
-                yield name, tensor
-                del tensor
-                name = next(remaining, None)
+def _is_safetensors(path):
+    return path.suffix == ".safetensors"
 
 
 def _open_safetensors(path):
