@@ -160,9 +160,10 @@ class Quantizer:
         """The largest amax of the fused family; each member is read once more at most, in whichever file it is."""
         family = [member for member in family_of(name) if member in self._items]
         for member in family:
-            if member not in self._shared:
-                values = weight if member == name else self._checkpoint.read(member).to(self._device)
-                self._shared[member] = ops.amax(values, "per_tensor")
+            if member not in self._shared:  # no name for the other weights, so that one at most is held
+                self._shared[member] = ops.amax(
+                    weight if member == name else self._checkpoint.read(member).to(self._device), "per_tensor"
+                )
         return torch.stack([self._shared[member] for member in family]).amax(dim=0)
 
     def _all_non_finite(self):

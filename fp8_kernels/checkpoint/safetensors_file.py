@@ -70,7 +70,6 @@ class SafetensorsWriter:
         try:
             self._file = open(self._temporary, "wb", buffering=0)
             self._write_at(0, header)
-            self._file.truncate(self.num_bytes)
         except OSError as error:
             self.abort()
             raise self._cannot_write(error) from error
@@ -83,9 +82,10 @@ class SafetensorsWriter:
             tensor: of that entry's dtype and shape, on any device; copied only where it is not on the CPU or
                 not contiguous.
         """
+        if name not in self._entries:
+            raise ValueError(f"`{name}` must be an entry of {self.path}")
         if name not in self._pending:
-            state = "been written already" if name in self._entries else "an entry of this file"
-            raise ValueError(f"`{name}` must have {'not ' if name in self._entries else ''}{state}: {self.path}")
+            raise ValueError(f"`{name}` must be written once to {self.path}")
         if (tensor.dtype, tuple(tensor.shape)) != self._entries[name]:
             dtype, shape = self._entries[name]
             raise ValueError(
