@@ -19,8 +19,8 @@ LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 # Files that hold weights in some format, or speak of them; a conversion does not carry them over.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _LFS_MAGIC = b"version https://git-lfs"
-# Pages of a mapped file count as resident until it is unmapped, so a file is mapped anew after this much.
-_REMAP_BYTES = 64 << 20
+# Pages of a mapped file count as resident until it is unmapped, so it is, once this much has been read.
+_REMAP_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,15 @@ class Checkpoint:
         if name not in self._metadata:
             raise KeyError(f"{self.folder} holds no tensor `{name}`")
         info = self._metadata[name]
-        if self._opened is None or self._opened[0] != info.file or self._mapped >= _REMAP_BYTES:
-            self._opened, self._mapped = None, 0
+        if self._opened is None or self._opened[0] != info.file:
             path = self.folder / info.file
-            self._opened = info.file, _open_safetensors(path) if _is_safetensors(path) else _load_pickle(path)
+            self._opened = None  # before the next one is mapped
+            self._opened, self._mapped = (info.file, _open_tensors(path)), 0
+        get_tensor = self._opened[1]
         self._mapped += info.num_bytes
-        opened = self._opened[1]
-        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        if self._mapped >= _REMAP_BYTES:
+            self._opened = None  # tensors keep the mapping that they are of
+        return get_tensor(name)
 
     def other_files(self) -> list[str]:
         """Paths, relative to `folder`, of everything but weights, their index and hidden files."""
@@ -182,6 +184,11 @@ def _read_header(path):
 
 def _is_safetensors(path):
     return path.suffix == ".safetensors"
+
+
+def _open_tensors(path):
+    """A function from a tensor's name to the tensor."""
+    return _open_safetensors(path).get_tensor if _is_safetensors(path) else _load_pickle(path).__getitem__
 
 
 def _open_safetensors(path):

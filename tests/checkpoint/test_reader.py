@@ -156,9 +156,7 @@ def test_a_name_in_the_index_that_no_file_has(tmp_path):
     """Names the tensor and the file that should hold it."""
     tiny.write_sharded(tmp_path, tiny.tensors())
     edit_index(tmp_path, lambda index: index.update({"ghost.weight": "model-00001-of-00003.safetensors"}))
-    with pytest.raises(
-        CheckpointError, match="puts `ghost.weight` in model-00001-of-00003.safetensors, which does not"
-    ):
+    with pytest.raises(CheckpointError, match="puts `ghost.weight` in model-00001-.*, which does not"):
         open_checkpoint(tmp_path)
 
 
