@@ -1,0 +1,229 @@
+// The ops: from tensors to kernel parameters, and the choice of kernel.
+#include "ops.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+
+#include "kernels.h"
+
+namespace fp8_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kWhole = -1;  // a block extent: the weight's whole extent
+
+// The number, not the name that Tensor::scalar_type() gives: under the ABI of torch 2.10 that one does not know
+// float8_e8m0fnu. Numbers of scalar types are part of the serialization format and never change.
+ScalarType scalar_type(const Tensor& t) {
+  int32_t number;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  return static_cast<ScalarType>(number);
+}
+
+InputType input_type(const char* name, const Tensor& t) {
+  switch (scalar_type(t)) {
+    case ScalarType::Float:
+      return InputType::kFloat32;
+    case ScalarType::Half:
+      return InputType::kFloat16;
+    case ScalarType::BFloat16:
+      return InputType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "`", name, "` must be float32, float16 or bfloat16");
+  }
+}
+
+Fp8Type fp8_type(const char* name, const Tensor& t) {
+  const ScalarType type = scalar_type(t);
+  STD_TORCH_CHECK(type == ScalarType::Float8_e4m3fn || type == ScalarType::Float8_e5m2, "`", name,
+                  "` must be float8_e4m3fn or float8_e5m2");
+  return type == ScalarType::Float8_e4m3fn ? Fp8Type::kE4M3 : Fp8Type::kE5M2;
+}
+
+ScaleType scale_type(const Tensor& t) {
+  switch (scalar_type(t)) {
+    case ScalarType::Float:
+      return ScaleType::kFloat32;
+    case ScalarType::BFloat16:
+      return ScaleType::kBFloat16;
+    case ScalarType::Float8_e8m0fnu:
+      return ScaleType::kE8M0;
+    default:
+      STD_TORCH_CHECK(false, "`scale` must be float32, bfloat16 or float8_e8m0fnu");
+  }
+}
+
+void check_amax_type(const Tensor& t) {
+  STD_TORCH_CHECK(scalar_type(t) == ScalarType::Float, "`amax` must be float32");
+}
+
+std::string shape_text(int64_t a, int64_t b, int64_t c) {
+  return "[" + std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + "]";
+}
+
+// A tensor [a, b, c] on the device of `w`. Python checks more, with the names that the user gave; this keeps a
+// direct caller of the op from reading or writing outside of a tensor.
+View view(const char* name, const Tensor& t, int64_t a, int64_t b, int64_t c, const Tensor& w) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == w.get_device_index(), "`", name,
+                  "` must be on the CUDA device of the first argument");
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == a && t.size(1) == b && t.size(2) == c, "`", name,
+                  "` must have shape ", shape_text(a, b, c));
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Grouping make_grouping(const Tensor& w, int64_t block_n, int64_t block_k) {
+  STD_TORCH_CHECK(w.dim() == 3, "the weight must have three dimensions, got ", w.dim());
+  STD_TORCH_CHECK((block_n > 0 || block_n == kWhole) && (block_k > 0 || block_k == kWhole),
+                  "block sizes must be positive or -1, got ", block_n, " and ", block_k);
+  Grouping g;
+  g.num_units = w.size(0);
+  g.num_rows = w.size(1);
+  g.num_cols = w.size(2);
+  const int64_t grid_n = block_n == kWhole ? 1 : ceil_div(g.num_rows, block_n);
+  const int64_t grid_k = block_k == kWhole ? 1 : ceil_div(g.num_cols, block_k);
+  g.num_groups = g.num_units * grid_n * grid_k;
+  const int64_t rows = std::max<int64_t>(1, block_n == kWhole ? g.num_rows : std::min(block_n, g.num_rows));
+  const int64_t cols = std::max<int64_t>(1, block_k == kWhole ? g.num_cols : std::min(block_k, g.num_cols));
+  g.block_n = Divisor(rows);
+  g.block_k = Divisor(cols);
+  g.grid_n = Divisor(std::max<int64_t>(1, grid_n));
+  g.grid_k = Divisor(std::max<int64_t>(1, grid_k));
+  g.vecs_per_row = Divisor(ceil_div(cols, kVecElements));
+  g.vecs_per_group = rows * ceil_div(cols, kVecElements);
+  return g;
+}
+
+bool rows_adjoin(const View& v, const Grouping& g) {
+  return g.num_rows <= 1 || v.row_stride == g.num_cols * v.col_stride;
+}
+
+// Where one scale covers all rows and they follow one another in memory, they are one long row: fewer partial
+// vectors, and no row to find.
+void join_rows(Grouping& g) {
+  const int64_t num_elements = g.num_rows * g.num_cols;
+  g.num_rows = std::min<int64_t>(g.num_rows, 1);
+  g.num_cols = num_elements;
+  g.vecs_per_group = std::max<int64_t>(1, ceil_div(num_elements, kVecElements));
+  g.block_n = Divisor(1);
+  g.block_k = Divisor(std::max<int64_t>(1, num_elements));
+  g.vecs_per_row = Divisor(g.vecs_per_group);
+}
+
+// Every vector of every group is whole, and starts at a multiple of `bytes` (of its own size where that is less).
+bool is_aligned(const View& v, const Grouping& g, int64_t element_size) {
+  const int64_t bytes = std::min<int64_t>(16, kVecElements * element_size);
+  const auto multiple = [&](int64_t stride, int64_t extent) {
+    return extent <= 1 || stride * element_size % bytes == 0;
+  };
+  const bool whole_vecs =
+      g.num_cols % kVecElements == 0 && (g.grid_k.value == 1 || g.block_k.value % kVecElements == 0);
+  return whole_vecs && (v.col_stride == 1 || g.num_cols <= 1) && reinterpret_cast<uintptr_t>(v.data) % bytes == 0 &&
+         multiple(v.row_stride, g.num_rows) && multiple(v.unit_stride, g.num_units);
+}
+
+cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// A few KB from torch's allocator, which is ordered by the current stream and works under graph capture: the next
+// kernel that gets this memory runs after ours.
+Tensor scratch(int64_t num_words, const Tensor& like) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &num_words, &stride, aoti_torch_dtype_int32(),
+                                                  aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "fp8_kernels: a kernel launch failed: ", cudaGetErrorString(error));
+}
+
+void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tensor& q, const Tensor& scale,
+                  int64_t block_n, int64_t block_k, bool pow2) {
+  QuantizeParams p = {};
+  p.grouping = make_grouping(w, block_n, block_k);
+  Grouping& g = p.grouping;
+  const auto grid_n = static_cast<int64_t>(g.grid_n.value), grid_k = static_cast<int64_t>(g.grid_k.value);
+  if (g.num_groups == 0) return;
+  p.w = view("w", w, g.num_units, g.num_rows, g.num_cols, w);
+  p.q = view("q", q, g.num_units, g.num_rows, g.num_cols, w);
+  p.scale = view("scale", scale, g.num_units, grid_n, grid_k, w);
+  if (amax.has_value()) {
+    check_amax_type(*amax);
+    p.amax = view("amax", *amax, g.num_units, grid_n, grid_k, w);
+  }
+  const InputType type = input_type("w", w);
+  p.fp8_type = fp8_type("q", q);
+  p.scale_type = scale_type(scale);
+  p.pow2 = pow2;
+  if (block_n == kWhole && block_k == kWhole && rows_adjoin(p.w, g) && rows_adjoin(p.q, g)) join_rows(g);
+  const bool aligned = is_aligned(p.w, g, w.element_size()) && is_aligned(p.q, g, 1);
+
+  // The current device must be the tensors': streams and launches belong to one.
+  const DeviceGuard guard(w.get_device_index());
+  const cudaStream_t stream = current_stream(w);
+  if (g.vecs_per_group <= max_resident_vecs(type, aligned)) return launch_quantize_groups(p, type, aligned, stream);
+  const Split split = split_groups(g);
+  if (amax.has_value()) return launch_quantize_split(p, split, nullptr, type, aligned, stream);
+  const Tensor partials = scratch(g.num_groups * split.parts, w);
+  auto* data = static_cast<uint32_t*>(partials.data_ptr());
+  launch_amax_partials({g, p.w, {}, false}, split, data, type, aligned, stream);
+  launch_quantize_split(p, split, data, type, aligned, stream);
+}
+
+void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t block_k, bool accumulate) {
+  AmaxParams p = {};
+  p.grouping = make_grouping(w, block_n, block_k);
+  Grouping& g = p.grouping;
+  if (g.num_groups == 0) return;
+  p.w = view("w", w, g.num_units, g.num_rows, g.num_cols, w);
+  p.amax = view("amax", amax, g.num_units, g.grid_n.value, g.grid_k.value, w);
+  p.accumulate = accumulate;
+  const InputType type = input_type("w", w);
+  check_amax_type(amax);
+  if (block_n == kWhole && block_k == kWhole && rows_adjoin(p.w, g)) join_rows(g);
+  const bool aligned = is_aligned(p.w, g, w.element_size());
+
+  const DeviceGuard guard(w.get_device_index());
+  const cudaStream_t stream = current_stream(w);
+  if (g.vecs_per_group <= max_resident_vecs(type, aligned)) return launch_amax(p, type, aligned, stream);
+  const Split split = split_groups(g);
+  const Tensor partials = scratch(g.num_groups * split.parts, w);
+  auto* data = static_cast<uint32_t*>(partials.data_ptr());
+  launch_amax_partials(p, split, data, type, aligned, stream);
+  launch_amax_finish(p, split, data, stream);
+}
+
+void dequantize_out(const Tensor& q, const Tensor& scale, const Tensor& w, int64_t block_n, int64_t block_k) {
+  DequantizeParams p = {};
+  p.grouping = make_grouping(q, block_n, block_k);
+  const Grouping& g = p.grouping;
+  if (g.num_units * g.num_rows * g.num_cols == 0) return;
+  p.q = view("q", q, g.num_units, g.num_rows, g.num_cols, q);
+  p.scale = view("scale", scale, g.num_units, g.grid_n.value, g.grid_k.value, q);
+  p.w = view("w", w, g.num_units, g.num_rows, g.num_cols, q);
+  const InputType type = input_type("w", w);
+  p.fp8_type = fp8_type("q", q);
+  p.scale_type = scale_type(scale);
+  const bool aligned = is_aligned(p.q, g, 1) && is_aligned(p.w, g, w.element_size());
+
+  const DeviceGuard guard(q.get_device_index());
+  launch_dequantize(p, type, aligned, current_stream(q));
+}
+
+}  // namespace fp8_kernels

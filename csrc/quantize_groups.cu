@@ -1,0 +1,141 @@
+// Quantize groups that fit one thread block's registers: rows, blocks, groups within a row, small weights.
+// Each element is read once; one launch.
+#include "kernels.h"
+
+namespace fp8_kernels {
+namespace {
+
+// kTeam threads share a group and hold kVecs vectors of it each. Where a group is so small that this is one
+// vector, a team takes kGroups groups, so that enough loads are in flight.
+template <typename T, int kTeam_, int kVecs_, int kGroups_>
+struct Traits {
+  using Element = T;
+  static constexpr int kTeam = kTeam_;
+  static constexpr int kVecs = kVecs_;
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kNumThreads = kTeam > 32 ? kTeam : 256;
+  static constexpr int kTeams = kNumThreads / kTeam;
+  static constexpr int kCapacity = kTeam * kVecs;
+  static_assert((kTeam & (kTeam - 1)) == 0 && kTeam <= 1024, "teams are powers of two within a thread block");
+  static_assert(kTeam <= 32 || kGroups == 1, "a team wider than a warp reduces once");
+};
+
+constexpr int64_t kNoGroup = INT64_MIN;  // the scale offset of a team without work
+
+template <typename Traits, bool kAligned>
+__global__ void __launch_bounds__(Traits::kNumThreads)
+    quantize_groups_kernel(const __grid_constant__ QuantizeParams p) {
+  using T = typename Traits::Element;
+  const int team = threadIdx.x / Traits::kTeam, lane = threadIdx.x % Traits::kTeam;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (Traits::kTeams * Traits::kGroups) + team;
+
+  // Locate the groups; past the last one they are empty.
+  const T* sources[Traits::kGroups];
+  uint8_t* targets[Traits::kGroups];
+  int64_t scale_offsets[Traits::kGroups];
+  int num_rows[Traits::kGroups], num_cols[Traits::kGroups];
+#pragma unroll
+  for (int g = 0; g < Traits::kGroups; ++g) {
+    const int64_t index = first + g * Traits::kTeams;
+    const bool exists = index < p.grouping.num_groups;
+    const Group group = p.grouping.group(exists ? index : 0);
+    sources[g] = p.w.at<T>(group.unit, group.row, group.col);
+    targets[g] = p.q.at<uint8_t>(group.unit, group.row, group.col);
+    scale_offsets[g] = exists ? p.scale.offset(group.unit, group.grid_row, group.grid_col) : kNoGroup;
+    num_rows[g] = exists ? static_cast<int>(group.num_rows) : 0;
+    num_cols[g] = static_cast<int>(group.num_cols);
+  }
+  const auto position = [&](int g, int vec) {
+    return vec_position(p.grouping.vecs_per_row, num_rows[g], num_cols[g], vec);
+  };
+
+  // Load everything.
+  Vec<T> vecs[Traits::kGroups][Traits::kVecs];
+#pragma unroll
+  for (int g = 0; g < Traits::kGroups; ++g) {
+#pragma unroll
+    for (int i = 0; i < Traits::kVecs; ++i) {
+      vecs[g][i] = load_vec<T, kAligned, Reuse::kNever>(sources[g], p.w, position(g, i * Traits::kTeam + lane));
+    }
+  }
+
+#pragma unroll
+  for (int g = 0; g < Traits::kGroups; ++g) {
+    // Reduce.
+    uint32_t amax = 0;
+    if (p.amax.data == nullptr) {
+      uint32_t acc = 0;
+#pragma unroll
+      for (int i = 0; i < Traits::kVecs; ++i) acc = vecs[g][i].max_abs(acc);
+      amax = team_max<Traits::kTeam>(Elements<T>::amax_bits(acc));
+    } else if (scale_offsets[g] != kNoGroup) {
+      const Group group = p.grouping.group(first + g * Traits::kTeams);
+      amax = *p.amax.at<uint32_t>(group.unit, group.grid_row, group.grid_col);
+    }
+
+    // Make the scale.
+    const uint32_t stored = stored_scale(float_of(amax), p.fp8_type, p.pow2, p.scale_type);
+    if (lane == 0 && scale_offsets[g] != kNoGroup) store_scale(stored, p.scale.data, scale_offsets[g], p.scale_type);
+    const ScaleDivider divide(scale_value(stored, p.scale_type));
+
+    // Cast and store. The positions are computed anew, which is cheaper than the registers to keep them: the
+    // compiler must not see that they are the same.
+    int first_vec = lane;
+    asm volatile("" : "+r"(first_vec));
+#pragma unroll
+    for (int i = 0; i < Traits::kVecs; ++i) {
+      const auto at = position(g, i * Traits::kTeam + first_vec);
+      store_codes<T, kAligned>(vecs[g][i], divide, p.fp8_type, targets[g], p.q, at);
+    }
+  }
+}
+
+template <typename Traits, bool kAligned>
+void launch_kernel(const QuantizeParams& params, cudaStream_t stream) {
+  const int64_t groups_per_block = Traits::kTeams * Traits::kGroups;
+  const auto num_blocks = static_cast<unsigned>((params.grouping.num_groups + groups_per_block - 1) / groups_per_block);
+  quantize_groups_kernel<Traits, kAligned><<<num_blocks, Traits::kNumThreads, 0, stream>>>(params);
+  check_launch();
+}
+
+template <typename Traits>
+void launch(const QuantizeParams& params, bool aligned, cudaStream_t stream) {
+  dispatch_bool(aligned, [&](auto is_aligned) { launch_kernel<Traits, is_aligned.value>(params, stream); });
+}
+
+// A block of 1024 threads has 64 registers a thread: room for 8 vectors only of the 16-bit types, and only with the
+// little address arithmetic of the aligned kernel.
+template <typename T>
+using Largest = Traits<T, 1024, 8, 1>;
+
+template <typename T>
+using LargestOfAny = Traits<T, 512, 8, 1>;
+
+template <typename T>
+void launch_smallest_that_fits(const QuantizeParams& params, bool aligned, cudaStream_t stream) {
+  const int64_t vecs = params.grouping.vecs_per_group;
+  const auto fits = [&](auto traits) {
+    using Candidate = decltype(traits);
+    if (vecs > Candidate::kCapacity) return false;
+    launch<Candidate>(params, aligned, stream);
+    return true;
+  };
+  const bool launched = fits(Traits<T, 4, 1, 4>{}) || fits(Traits<T, 16, 1, 4>{}) || fits(Traits<T, 32, 4, 1>{}) ||
+                        fits(Traits<T, 128, 4, 1>{}) || fits(Traits<T, 256, 4, 1>{}) ||
+                        fits(Traits<T, 256, 8, 1>{}) || fits(LargestOfAny<T>{});
+  if constexpr (sizeof(T) == 2) {
+    if (!launched) launch_kernel<Largest<T>, true>(params, stream);
+  }
+}
+
+}  // namespace
+
+int64_t max_resident_vecs(InputType type, bool aligned) {
+  return type != InputType::kFloat32 && aligned ? Largest<__half>::kCapacity : LargestOfAny<float>::kCapacity;
+}
+
+void launch_quantize_groups(const QuantizeParams& params, InputType type, bool aligned, cudaStream_t stream) {
+  dispatch_input(type, [&](auto element) { launch_smallest_that_fits<decltype(element)>(params, aligned, stream); });
+}
+
+}  // namespace fp8_kernels
