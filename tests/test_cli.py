@@ -1,0 +1,111 @@
+"""The command, run as a user runs it: what it prints, what it writes, and its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8_kernels import cli
+from tests.checkpoint import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*args, **kwargs):
+    """`python -m fp8_kernels` in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fp8_kernels", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, **kwargs)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return tiny.write_sharded(tmp_path / "model", tiny.tensors())
+
+
+def test_plan_shows_every_decision_and_loads_nothing(checkpoint, capsys):
+    """Layers of one kind share a row; what is kept says why; sizes add up."""
+    assert cli.main(["plan", str(checkpoint), "--ignore", "model.layers.1"]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.*.mlp.down_proj.weight" in out and "FP8 per_channel" in out
+    assert "(embedding)" in out and "(ignore='model.layers.1')" in out
+    assert cli.main(["plan", str(checkpoint), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    state = tiny.tensors()
+    assert plan["bytes_in"] == sum(t.numel() * t.element_size() for t in state.values())
+    assert {t["name"] for t in plan["tensors"] if t["scheme"]} == set(tiny.weights(state))
+    assert plan["bytes_in"] > plan["peak"] > plan["resident"]
+
+
+def test_quantize_then_verify(checkpoint, tmp_path, capsys):
+    """The folder appears, verifies against its source, and stops verifying when one byte changes."""
+    out = tmp_path / "fp8"
+    assert cli.main(["quantize", str(checkpoint), str(out), "--scheme", "per_tensor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantized_tensors"] == 14
+    assert cli.main(["verify", str(out), "--against", str(checkpoint)]) == 0
+    file = next(file for file in out.glob("*.safetensors") if file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert cli.main(["verify", str(out), "--against", str(checkpoint)]) == 1
+    assert any(name in capsys.readouterr().out for name in tiny.tensors())
+
+
+def test_schemes_by_pattern(checkpoint, tmp_path, capsys):
+    """--scheme-for gives some weights another scheme; --include takes the head along."""
+    args = ["plan", str(checkpoint), "--json", "--scheme-for", "*.down_proj=per_tensor", "--include", "lm_head"]
+    assert cli.main(args) == 0
+    schemes = {t["name"]: t["scheme"] for t in json.loads(capsys.readouterr().out)["tensors"]}
+    assert schemes["model.layers.0.mlp.down_proj.weight"] == "per_tensor"
+    assert schemes["model.layers.0.mlp.up_proj.weight"] == schemes["lm_head.weight"] == "per_channel"
+
+
+BAD_INPUT = {
+    "not a checkpoint": (["plan", "{tmp}"], "is not a checkpoint"),
+    "no such folder": (["quantize", "{tmp}/nowhere", "{tmp}/out"], "does not exist"),
+    "unmatched pattern": (["quantize", "{model}", "{tmp}/out", "--ignore", "lm_haed"], "'lm_haed'"),
+    "bad pair": (["plan", "{model}", "--scheme-for", "per_tensor"], "PATTERN=SCHEME"),
+    "bad layout": (["quantize", "{model}", "{tmp}/out", "--scheme", "mxfp8"], "per_channel"),
+    "compare alone": (["load", "{model}", "--compare"], "--generate"),
+}
+
+
+@pytest.mark.parametrize("args, message", BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_exits_with_2_and_one_line(args, message, checkpoint, tmp_path, capsys):
+    """No traceback, nothing written, and the message says what is wrong."""
+    assert cli.main([a.format(tmp=tmp_path, model=checkpoint) for a in args]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("fp8-kernels: ") and not captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_scheme_lists_the_known_ones(checkpoint):
+    """argparse's own check, with its exit code."""
+    result = run("plan", checkpoint, "--scheme", "per_row")
+    assert result.returncode == 2 and "per_channel" in result.stderr
+
+
+def test_nothing_but_results_on_a_pipe(checkpoint, tmp_path):
+    """Progress is for terminals: through a pipe, stderr stays empty and stdout is the report."""
+    result = run("quantize", checkpoint, tmp_path / "out")
+    assert result.returncode == 0 and result.stderr == "" and "14 weights" in result.stdout
+
+
+def test_env_names_versions_and_backends():
+    """What a bug report needs."""
+    found = json.loads(run("env", "--json").stdout)
+    assert found["torch"] == torch.__version__ or found["torch"] in torch.__version__
+    assert found["backends"]["cpu"] == ["reference"]
+    assert bool(found["devices"]) == torch.cuda.is_available()
+
+
+def test_help_describes_every_command():
+    """The first thing that a newcomer types."""
+    out = run("--help").stdout
+    for command in ("plan", "quantize", "load", "verify", "env"):
+        assert command in out

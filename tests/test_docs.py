@@ -1,0 +1,111 @@
+"""README and docs stay true: every command and every Python block in them is run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8_kernels import cli
+from tests.checkpoint import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(language):
+    """(page:line, text) of every fenced block of that language."""
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            line = text[: match.start()].count("\n") + 1
+            yield pytest.param(match.group(1), id=f"{page.name}:{line}")
+
+
+def commands():
+    """(page:line, words) of every line of every shell block, comments taken off."""
+    for block in blocks("sh"):
+        for line in block.values[0].splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield pytest.param(words, id=f"{block.id} {' '.join(words)}")
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_command(words, tmp_path, capsys):
+    """Every command of the docs does what it says there.
+
+    `fp8-kernels` runs on a small model. `make` targets are parsed and expanded; the demo itself runs in
+    test_demo.py and the tests are what runs this. `pip install` builds the wheel (test_package.py).
+    """
+    if words[0] == "fp8-kernels":
+        model = make_model(tmp_path / "model")
+        if "OUT_DIR" in words and words[1] != "quantize":
+            assert cli.main(["quantize", str(model), str(tmp_path / "out")]) == 0
+        paths = {"MODEL_DIR": str(model), "OUT_DIR": str(tmp_path / "out")}
+        assert cli.main([paths.get(word, word) for word in words[1:]]) == 0
+        assert capsys.readouterr().out.strip()
+    elif words[0] == "make":
+        subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+    elif words[:2] == ["python", "-m"]:
+        subprocess.run([sys.executable, *words[1:3], "--help"], cwd=ROOT, check=True, capture_output=True)
+    elif words[0] == "pytest":
+        subprocess.run(
+            [sys.executable, "-m", *words, "--collect-only", "-q"], cwd=ROOT, check=True, capture_output=True
+        )
+    else:
+        assert words[:2] == ["pip", "install"], f"no test runs `{' '.join(words)}`"
+
+
+@pytest.mark.parametrize("text", list(blocks("python")))
+def test_python_block(text):
+    """Every Python block runs, with a model and weights of the reader's own."""
+
+    class MyModel(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.qkv_proj = torch.nn.Linear(64, 96, bias=False)
+            self.lm_head = torch.nn.Linear(64, 128, bias=False)
+
+        def load_weights(self, weights):
+            params = dict(self.named_parameters())
+            for name, tensor in weights:
+                params[name].data.copy_(tensor)
+
+    weights = [("qkv_proj.weight", torch.randn(96, 64)), ("lm_head.weight", torch.randn(128, 64))]
+    if not torch.cuda.is_available():
+        text = text.replace('device="cuda"', 'device="cpu"')
+    names = {"MyModel": MyModel, "config": None, "weights": iter(weights)}
+    exec(compile(text, "block", "exec"), names)
+    if "model" in names:
+        assert names["model"].qkv_proj.weight.dtype == torch.float8_e4m3fn
+
+
+def test_links_lead_somewhere():
+    """Relative links name files of the repository."""
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def make_model(folder):
+    """A small Llama with a tokenizer, as `save_pretrained` writes it."""
+    transformers = pytest.importorskip("transformers", reason="`fp8-kernels load` builds transformers models")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=tiny.VOCAB,
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({"Once": 3, "upon": 4, "[UNK]": 5}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
