@@ -1,0 +1,492 @@
+"""The ops as Triton kernels: the backend of GPUs for which the CUDA extension was not built.
+
+Every program works on one tile `[R, G, C]`: R rows by G neighbouring groups by C columns of each. Groups of
+one row (`SHARED=False`) have an own scale for each of the R rows; in taller groups (`SHARED=True`) the R rows
+share one. A group that does not fit in a tile is cut into `pieces`, `pieces_k` of them side by side, which
+`split` programs share. With that, rows, groups, blocks and whole weights are the same three kernels.
+
+The bits are the reference's (see `reference`), and nothing depends on the order in which programs run.
+Wherever the hardware's or the compiler's own conversion is not exact, or not the same everywhere, the
+conversion is integer arithmetic here. FP8 tensors are passed as uint8, so that devices whose Triton backend
+has no FP8 type run too. Tile sizes follow from the shapes by rule: an autotuner would make the first load of
+each shape slow, and measure during it.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .reference import FP8_MAX
+from .schemes import WHOLE, grid
+
+_TINY = tl.constexpr(2.0**-126)
+_INF = tl.constexpr(float("inf"))
+_NAN_BITS = tl.constexpr(0x7FC00000)
+
+_CVT_ASM = """{{
+.reg .b16 lo, hi;
+cvt.rn.satfinite.{0}x2.f32 lo, $2, $1;
+cvt.rn.satfinite.{0}x2.f32 hi, $4, $3;
+mov.b32 $0, {{lo, hi}};
+}}"""
+_CVT_E4M3 = tl.constexpr(_CVT_ASM.format("e4m3"))
+_CVT_E5M2 = tl.constexpr(_CVT_ASM.format("e5m2"))
+
+
+# Numbers.
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _abs_bits(x):
+    """Bits of |x|, widened to int32. As integers they order like the values, with Inf and then NaN on top."""
+    if x.dtype == tl.float32:
+        bits = _bits(x) & 0x7FFFFFFF
+    else:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    return bits
+
+
+@triton.jit
+def _from_abs_bits(bits, dtype: tl.constexpr):
+    """The fp32 value of what `_abs_bits` returned for that dtype, a NaN made canonical."""
+    if dtype == tl.bfloat16:
+        value = _float(bits << 16)
+    elif dtype == tl.float16:
+        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = _float(bits)
+    return _round(value, tl.float32)
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr):
+    """fp32 rounded to `dtype`, ties to even, NaN canonical."""
+    bits = _bits(x)
+    if dtype == tl.bfloat16:  # the interpreter's own conversion truncates
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x == x, rounded, _NAN_BITS >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif dtype == tl.float16:
+        rounded = x.to(tl.float16).to(tl.int16, bitcast=True)
+        y = tl.where(x == x, rounded, 0x7E00).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        y = _float(tl.where(x == x, bits, _NAN_BITS))
+    return y
+
+
+@triton.jit
+def _scale_from_amax(amax, dtype: tl.constexpr, FP8_MAX: tl.constexpr, POW2: tl.constexpr):
+    """`reference.scale_from_amax`: (as stored in `dtype`, uint8 being e8m0; the same in fp32)."""
+    scale = tl.div_rn(amax, FP8_MAX)
+    scale = tl.where(scale < _TINY, _TINY, scale)  # false for NaN, which stays
+    if POW2:  # the carry out of the mantissa rounds the exponent up, and leaves Inf as it is
+        scale = tl.where(scale == scale, _float((_bits(scale) + 0x7FFFFF) & 0x7F800000), scale)
+    if dtype == tl.uint8:  # e8m0 has NaN but no Inf
+        scale = _float(tl.where(scale < _INF, _bits(scale), _NAN_BITS))
+        stored = (_bits(scale) >> 23).to(tl.uint8)
+    else:
+        stored = _round(scale, dtype)
+        scale = stored.to(tl.float32)
+    return stored, scale
+
+
+@triton.jit
+def _load_scale(pointers, mask):
+    """Stored scales as fp32."""
+    scale = tl.load(pointers, mask=mask, other=0)
+    if scale.dtype == tl.uint8:  # code 0 is 2**-127, a subnormal fp32; 255 is NaN
+        code = scale.to(tl.int32)
+        bits = tl.where(code == 0, 0x400000, tl.where(code == 255, _NAN_BITS, code << 23))
+        scale = _float(bits)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def _divide(x, scale, BOUNDED: tl.constexpr):
+    """`x / scale` as IEEE division rounds it, for the scales that `_scale_from_amax` makes.
+
+    A quotient by the rounded reciprocal, corrected by its exact remainder, is the correctly rounded one,
+    which takes a third of the instructions of a division. The remainder is exact unless it falls under the
+    smallest subnormal, so small scales are lifted first (by a power of two, which changes no quotient); the
+    quotients that are still too small for it lie below 2**-40, where FP8 has only zero. Written with -x
+    and -inv_scale, a quotient of zero keeps its sign. An infinite scale, whose product with a zero quotient
+    would be NaN, takes part only by its reciprocal. BOUNDED says that no |x| exceeds the amax of its group,
+    so that no quotient overflows; else an infinite one has no remainder and is the answer.
+    """
+    lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+    scale = scale * lift
+    inv_scale = tl.div_rn(1.0, scale)
+    scale = tl.broadcast_to(tl.where(scale == _INF, 0.0, scale), x.shape)
+    x = x * lift
+    first = x * inv_scale
+    remainder = tl.fma(first, scale, -x)
+    quotient = tl.fma(remainder, tl.broadcast_to(-inv_scale, x.shape), first)
+    if not BOUNDED:
+        quotient = tl.where(tl.abs(first) < 2.0**100, quotient, first)
+    return quotient
+
+
+@triton.jit
+def _encode(x, FP8_MAX: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 -> FP8 code: one rounding, ties to even, saturating; NaN is 0x7f."""
+    E5M2: tl.constexpr = FP8_MAX > 448
+    if NATIVE:
+        code = tl.inline_asm_elementwise(
+            _CVT_E5M2 if E5M2 else _CVT_E4M3, "=r,f,f,f,f", [x], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    else:
+        SHIFT: tl.constexpr = 21 if E5M2 else 20  # mantissa bits that FP8 lacks
+        MIN_EXPONENT: tl.constexpr = -14 if E5M2 else -6  # of a normal FP8 number
+        MAX_BITS: tl.constexpr = 0x47600000 if E5M2 else 0x43E00000  # of FP8_MAX
+        bits = _bits(x)
+        magnitude = tl.minimum(bits & 0x7FFFFFFF, MAX_BITS)
+        normal = (magnitude + ((1 << (SHIFT - 1)) - 1) + ((magnitude >> SHIFT) & 1)) >> SHIFT
+        normal -= (127 + MIN_EXPONENT - 1) << (23 - SHIFT)
+        # Added to the power of two whose last bit is the smallest subnormal, a value rounds to a multiple of it.
+        MAGIC_BITS: tl.constexpr = (127 + MIN_EXPONENT + SHIFT) << 23
+        subnormal = _bits(_float(magnitude) + _float(tl.full(x.shape, MAGIC_BITS, tl.int32))) - MAGIC_BITS
+        code = tl.where(magnitude < ((127 + MIN_EXPONENT) << 23), subnormal, normal) | ((bits >> 24) & 0x80)
+        code = tl.where(x == x, code, 0x7F).to(tl.uint8)
+    return code
+
+
+@triton.jit
+def _decode(code, E5M2: tl.constexpr):
+    """FP8 code -> fp32, exact."""
+    code = code.to(tl.int32)
+    if E5M2:  # the upper half of an fp16
+        value = (code << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:  # the fields of an fp32 whose exponent is too small by the difference of the biases
+        magnitude = _float((code & 0x7F) << 20) * 2.0**120
+        value = _float(tl.where((code & 0x7F) == 0x7F, _NAN_BITS, _bits(magnitude) | ((code & 0x80) << 24)))
+    return value
+
+
+# Places.
+
+
+@triton.jit
+def _program(split, tiles_n, tiles_k, R: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr):
+    """What this program works on: (expert, first group row, first group column, first piece), in 64 bits.
+
+    Counted from the end: a cast that follows the pass over the amax then starts on what that pass read last
+    and the cache still holds.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = program // split
+    group_n = (tile // tiles_k) % tiles_n * (1 if SHARED else R)
+    group_k = tile % tiles_k * G
+    unit = tile // tiles_k // tiles_n
+    return unit.to(tl.int64), group_n.to(tl.int64), group_k.to(tl.int64), program % split
+
+
+@triton.jit
+def _groups(group_n, group_k, grid_n, grid_k, R: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr):
+    """Group rows `[R or 1, 1, 1]` and columns `[1, G, 1]` of a tile, and which of them exist."""
+    group_n = group_n + tl.arange(0, 1 if SHARED else R)[:, None, None]
+    group_k = group_k + tl.arange(0, G)[None, :, None]
+    return group_n, group_k, (group_n < grid_n) & (group_k < grid_k)
+
+
+@triton.jit
+def _elements(
+    group_n,
+    group_k,
+    piece,
+    dims,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Rows `[R, 1, 1]` and columns `[1, G, C]` of a piece of a tile, and which lie in the weight and the group."""
+    num_rows, num_cols, block_n, block_k, pieces_k = dims
+    r = (piece // pieces_k).to(tl.int64) * R + tl.arange(0, R)[:, None, None]
+    c = (piece % pieces_k).to(tl.int64) * C + tl.arange(0, C)[None, None, :]
+    g = group_k + tl.arange(0, G)[None, :, None]
+    if SHARED:
+        row = group_n * block_n + r
+        mask = (row < num_rows) & (r < block_n)
+    else:
+        row = group_n + r
+        mask = row < num_rows
+    col = g * block_k + c
+    return row, col, mask & (c < block_k) & (col < num_cols)
+
+
+@triton.jit
+def _group_max(bits, SHARED: tl.constexpr):
+    """Maxima of the groups of a tile: `[R, G, C]` -> `[R or 1, G, 1]`."""
+    bits = tl.max(bits, axis=2, keep_dims=True)
+    if SHARED:
+        bits = tl.max(bits, axis=0, keep_dims=True)
+    return bits
+
+
+# Kernels. Sizes that only bound loops and masks are not specialized, so that new shapes rarely compile anew;
+# `num_cols`, `block_k` and the strides of the elements are, because vector access needs to know them aligned.
+
+_PLAIN = ["num_rows", "grid_n", "grid_k", "block_n", "tiles_n", "tiles_k", "pieces", "pieces_k", "split"]
+_SCALE_STRIDES = ["s_stride_e", "s_stride_n", "s_stride_k"]
+_AMAX_STRIDES = ["a_stride_e", "a_stride_n", "a_stride_k"]
+
+
+@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES)
+def _amax_kernel(
+    w, amax,
+    num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
+    w_stride_e, w_stride_n, w_stride_k, a_stride_e, a_stride_n, a_stride_k,
+    R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Amax of each group, or with `split` > 1 of every `split`-th piece of it: `amax` is `[E, SN, SK * split]`."""
+    unit, group_n, group_k, first = _program(split, tiles_n, tiles_k, R, G, SHARED)
+    dims = (num_rows, num_cols, block_n, block_k, pieces_k)
+    w += unit * w_stride_e
+    bits = tl.zeros((R, G, C), tl.int32)
+    for piece in range(first, pieces, split):
+        row, col, mask = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
+        bits = tl.maximum(bits, _abs_bits(tl.load(w + row * w_stride_n + col * w_stride_k, mask=mask, other=0.0)))
+    value = _from_abs_bits(_group_max(bits, SHARED), w.dtype.element_ty)
+    row, col, mask = _groups(group_n, group_k, grid_n, grid_k, R, G, SHARED)
+    pointers = amax + unit * a_stride_e + row * a_stride_n + (col * split + first) * a_stride_k
+    if ACCUMULATE:
+        value = _from_abs_bits(tl.maximum(_bits(value), _abs_bits(tl.load(pointers, mask=mask, other=0.0))), tl.float32)
+    tl.store(pointers, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES + _SCALE_STRIDES + ["num_partials"])
+def _quantize_kernel(
+    w, amax, q, scale,
+    num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
+    w_stride_e, w_stride_n, w_stride_k, a_stride_e, a_stride_n, a_stride_k,
+    q_stride_e, q_stride_n, q_stride_k, s_stride_e, s_stride_n, s_stride_k, num_partials,
+    R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr,
+    PARTIALS: tl.constexpr, LOOP: tl.constexpr, BOUNDED: tl.constexpr,
+    FP8_MAX: tl.constexpr, POW2: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales. The amaxes are found here where PARTIALS is 0, else the maximum of `num_partials` of `amax`."""
+    unit, group_n, group_k, first = _program(split, tiles_n, tiles_k, R, G, SHARED)
+    dims = (num_rows, num_cols, block_n, block_k, pieces_k)
+    w += unit * w_stride_e
+    q += unit * q_stride_e
+    row, col, mask = _elements(group_n, group_k, first, dims, R, G, C, SHARED)
+    x = tl.load(w + row * w_stride_n + col * w_stride_k, mask=mask, other=0.0)
+
+    g_row, g_col, g_mask = _groups(group_n, group_k, grid_n, grid_k, R, G, SHARED)
+    if PARTIALS > 0:
+        p = tl.arange(0, PARTIALS)[None, None, :]
+        pointers = amax + unit * a_stride_e + g_row * a_stride_n + (g_col * num_partials + p) * a_stride_k
+        group_amax = tl.load(pointers, mask=g_mask & (p < num_partials), other=0.0)
+        if PARTIALS > 1:
+            group_amax = _float(tl.max(_bits(group_amax), axis=2, keep_dims=True))
+    else:
+        bits = _abs_bits(x)
+        if LOOP:
+            for piece in range(1, pieces):
+                row_i, col_i, mask_i = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
+                x_i = tl.load(w + row_i * w_stride_n + col_i * w_stride_k, mask=mask_i, other=0.0)
+                bits = tl.maximum(bits, _abs_bits(x_i))
+        group_amax = _from_abs_bits(_group_max(bits, SHARED), w.dtype.element_ty)
+
+    stored, group_scale = _scale_from_amax(group_amax, scale.dtype.element_ty, FP8_MAX, POW2)
+    pointers = scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k
+    tl.store(pointers, stored, mask=g_mask & (first == 0))
+
+    code = _encode(_divide(x.to(tl.float32), group_scale, BOUNDED), FP8_MAX, NATIVE)
+    tl.store(q + row * q_stride_n + col * q_stride_k, code, mask=mask)
+    if LOOP:  # a second read of the group, small enough for the L2 cache to serve it
+        for piece in range(1, pieces):
+            row_i, col_i, mask_i = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
+            x_i = tl.load(w + row_i * w_stride_n + col_i * w_stride_k, mask=mask_i, other=0.0)
+            code_i = _encode(_divide(x_i.to(tl.float32), group_scale, BOUNDED), FP8_MAX, NATIVE)
+            tl.store(q + row_i * q_stride_n + col_i * q_stride_k, code_i, mask=mask_i)
+
+
+@triton.jit(do_not_specialize=_PLAIN + _SCALE_STRIDES)
+def _dequantize_kernel(
+    q, scale, w,
+    num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
+    q_stride_e, q_stride_n, q_stride_k, s_stride_e, s_stride_n, s_stride_k, w_stride_e, w_stride_n, w_stride_k,
+    R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr,
+    E5M2: tl.constexpr,
+):  # fmt: skip
+    """`q * scale`, rounded to the dtype of `w`."""
+    unit, group_n, group_k, piece = _program(split, tiles_n, tiles_k, R, G, SHARED)
+    dims = (num_rows, num_cols, block_n, block_k, pieces_k)
+    row, col, mask = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
+    g_row, g_col, g_mask = _groups(group_n, group_k, grid_n, grid_k, R, G, SHARED)
+    code = tl.load(q + unit * q_stride_e + row * q_stride_n + col * q_stride_k, mask=mask, other=0)
+    group_scale = _load_scale(scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k, g_mask)
+    value = _round(_decode(code, E5M2) * group_scale, w.dtype.element_ty)
+    tl.store(w + unit * w_stride_e + row * w_stride_n + col * w_stride_k, value, mask=mask)
+
+
+# Launchers.
+
+_TILE = 8192  # elements: 32 for each thread of 8 warps, four 16-byte loads of bf16; with more, registers run out
+_LARGE_GROUP = 1 << 16  # elements; from here on a second launch costs less than one program working alone
+_FULL_GPU = 2048  # programs that keep the largest GPU busy to the end
+_MAX_PARTIALS = 512  # 2 KB that each program of the cast reads beside its tile
+
+
+class _Tiling(NamedTuple):
+    """How programs cover a weight."""
+
+    sizes: tuple[int, ...]  # num_rows ... pieces_k, as every kernel takes them
+    shape: dict[str, int | bool]  # R, G, C, SHARED, num_warps
+    num_tiles: int  # an expert
+    pieces: int  # a tile
+
+
+@lru_cache(maxsize=4096)
+def _tiling(num_rows, num_cols, block_n, block_k, in_one, k_contiguous):
+    """Tiles for a weight whose groups have that extent.
+
+    Args:
+        in_one: the programs find the amax, so that one of them should hold the whole of a group.
+        k_contiguous: neighbours along K are neighbours in memory.
+    """
+    grid_n, grid_k = grid(num_rows, num_cols, block_n, block_k)
+    block_n = max(num_rows if block_n == WHOLE else min(block_n, num_rows), 1)
+    block_k = max(num_cols if block_k == WHOLE else min(block_k, num_cols), 1)
+    shared = block_n > 1
+    rows, cols = triton.next_power_of_2(block_n), triton.next_power_of_2(block_k)
+    held = in_one and rows * cols <= _TILE
+    # Groups of one row that are found in pieces take one row a program: as many programs as there are rows.
+    height = block_n if shared else num_rows if held or not in_one else 1
+    if not held:  # long runs along K, or square tiles where memory runs the other way
+        cols = _extent(block_k, max(_TILE // triton.next_power_of_2(height), 1024 if k_contiguous else 64))
+        rows = _extent(block_n, max(_TILE // cols, 1))
+    pieces_k = -(-block_k // cols)
+    pieces = -(-block_n // rows) * pieces_k
+    groups = _extent(grid_k, max(_TILE // (rows * cols), 1)) if pieces == 1 else 1
+    if not shared:
+        rows = _extent(height, max(_TILE // (groups * cols), 1))
+    tiles_n, tiles_k = grid_n if shared else -(-num_rows // rows), -(-grid_k // groups)
+    num_warps = min(max(rows * groups * cols // 1024, 1), 8)
+    return _Tiling(
+        (num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k),
+        {"R": rows, "G": groups, "C": cols, "SHARED": shared, "num_warps": num_warps},
+        tiles_n * tiles_k,
+        pieces,
+    )
+
+
+def _extent(size, limit):
+    """The largest power of two, not above `limit`, that covers `size` with little padding."""
+    largest = min(triton.next_power_of_2(max(size, 1)), limit)
+    padded = {largest >> i: -(-size // (largest >> i)) * (largest >> i) for i in range(4) if largest >> i}
+    return next(extent for extent in padded if padded[extent] <= 1.07 * min(padded.values()))
+
+
+def _programs_a_group(tiling, num_groups):
+    """How many programs share a group when they find its amax."""
+    block_n, block_k = tiling.sizes[4:6]
+    if block_n * block_k <= _LARGE_GROUP or num_groups >= _FULL_GPU:
+        return 1
+    return min(tiling.pieces, _MAX_PARTIALS, -(-_FULL_GPU // num_groups))
+
+
+def _extents(w, block_n, block_k, *others):
+    """(rows, columns) of the weights: whole ones that are dense in memory count as one long row."""
+    num_rows, num_cols = w.shape[1:]
+    if block_n == block_k == WHOLE and all(t.stride(1) == num_cols and t.stride(2) == 1 for t in (w, *others)):
+        return 1, num_rows * num_cols
+    return num_rows, num_cols
+
+
+def _launch(kernel, num_programs, w, *args, **constants):
+    """Launch on the device of `w` and its current stream."""
+    with torch.cuda.device_of(w):
+        kernel[(num_programs,)](*args, **constants)
+
+
+@lru_cache
+def _converts_fp8(device):
+    """Whether the device has the FP8 conversions of `_encode`."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
+    """Write codes and scales of `w`; see `ops.quantize`.
+
+    One launch; two, the first for the amax, where that is not given and the groups are too large for one
+    program each.
+    """
+    if scale.numel() == 0:
+        return
+    extents = *_extents(w, block_n, block_k, q), block_n, block_k
+    tiling = _tiling(*extents, amax is None, w.stride(2) == 1)
+    bounded = amax is None
+    num_partials = 1
+    if amax is None and (programs := _programs_a_group(tiling, scale.numel())) > 1:
+        num_partials = programs
+        grid_n, grid_k = scale.shape[1:]
+        amax = torch.empty((len(w), grid_n, grid_k * num_partials), dtype=torch.float32, device=w.device)
+        _launch_amax(w, amax, tiling, num_partials, accumulate=False)
+        tiling = _tiling(*extents, False, w.stride(2) == 1)
+    split = 1 if amax is None else tiling.pieces
+    codes = q.view(torch.uint8)
+    stored = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    found = w if amax is None else amax  # a tensor must stand in the place of one that is not read
+    _launch(
+        _quantize_kernel, len(w) * tiling.num_tiles * split, w,
+        w, found, codes, stored, *tiling.sizes, split,
+        *w.stride(), *found.stride(), *q.stride(), *scale.stride(), num_partials,
+        PARTIALS=0 if amax is None else triton.next_power_of_2(num_partials),
+        LOOP=amax is None and tiling.pieces > 1, BOUNDED=bounded,
+        FP8_MAX=FP8_MAX[q.dtype], POW2=pow2, NATIVE=_converts_fp8(w.device), **tiling.shape,
+    )  # fmt: skip
+
+
+def amax_out(w, amax, block_n, block_k, accumulate):
+    """Write, or accumulate, the amax of each group; see `ops.amax`.
+
+    One launch; a second one where several programs share a group.
+    """
+    if amax.numel() == 0:
+        return
+    tiling = _tiling(*_extents(w, block_n, block_k), block_n, block_k, True, w.stride(2) == 1)
+    num_partials = _programs_a_group(tiling, amax.numel())
+    if num_partials > 1:
+        _, grid_n, grid_k = amax.shape
+        partials = torch.empty((len(w), grid_n, grid_k * num_partials), dtype=torch.float32, device=w.device)
+        _launch_amax(w, partials, tiling, num_partials, accumulate=False)
+        amax_out(partials, amax, 1, num_partials, accumulate)
+    else:
+        _launch_amax(w, amax, tiling, 1, accumulate)
+
+
+def _launch_amax(w, amax, tiling, split, accumulate):
+    """Amaxes of every `split`-th piece of the groups: `amax` is `[E, SN, SK * split]`."""
+    _launch(
+        _amax_kernel, len(w) * tiling.num_tiles * split, w,
+        w, amax, *tiling.sizes, split, *w.stride(), *amax.stride(), ACCUMULATE=accumulate, **tiling.shape,
+    )  # fmt: skip
+
+
+def dequantize_out(q, scale, w, block_n, block_k):
+    """Write `q * scale`; see `ops.dequantize`."""
+    if q.numel() == 0:
+        return
+    tiling = _tiling(*_extents(q, block_n, block_k, w), block_n, block_k, False, q.stride(2) == 1)
+    codes = q.view(torch.uint8)
+    stored = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    _launch(
+        _dequantize_kernel, len(q) * tiling.num_tiles * tiling.pieces, q,
+        codes, stored, w, *tiling.sizes, tiling.pieces, *q.stride(), *scale.stride(), *w.stride(),
+        E5M2=q.dtype == torch.float8_e5m2, **tiling.shape,
+    )  # fmt: skip
