@@ -89,17 +89,18 @@ class Coverage:
         self.mask().logical_or_(written)
         self._forget_padding()
 
-    def touches(self, offset: int, sizes, strides) -> bool:
-        """Has any element of the view been written already?"""
+    def overlap(self, offset: int, sizes, strides) -> int:
+        """How many logical elements of a view have been written already."""
         boxes = boxes_of(self.shape, offset, sizes, strides)
         if boxes is None or self._mask is not None:
-            return bool(self.mask().as_strided(sizes, strides, offset).any())
+            return int(self.mask().as_strided(sizes, strides, offset).sum())
+        count = 0
         for row0, row1, col0, col1 in map(self._clip, boxes):
             first, last = self._between(row0, row1)
-            for _, _, columns in self._bands[first:last]:
-                if any(start < col1 and col0 < end for start, end in columns):
-                    return True
-        return False
+            for start, end, columns in self._bands[first:last]:
+                width = sum(max(min(b, col1) - max(a, col0), 0) for a, b in columns)
+                count += (min(end, row1) - max(start, row0)) * width
+        return count
 
     def missing(self) -> list[Box]:
         """The logical rectangles that have not been written, from the top, disjoint."""
@@ -115,12 +116,18 @@ class Coverage:
 
     def mask(self) -> torch.Tensor:
         """Bool `[rows, columns]`; from now on it is the record."""
-        if self._mask is None:
-            self._mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
-            for start, end, columns in self._bands:
-                for col0, col1 in columns:
-                    self._mask[start:end, col0:col1] = True
+        self._mask = self.as_mask()
         return self._mask
+
+    def as_mask(self) -> torch.Tensor:
+        """Bool `[rows, columns]`: what has been written. Not to be changed."""
+        if self._mask is not None:
+            return self._mask
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        for start, end, columns in self._bands:
+            for col0, col1 in columns:
+                mask[start:end, col0:col1] = True
+        return mask
 
     def _forget_padding(self):
         self._mask[self.logical[0] :] = False

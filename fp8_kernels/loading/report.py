@@ -16,6 +16,8 @@ class Report:
     passed_through: dict[str, str] = field(default_factory=dict)  # name -> why
     duplicates: list[str] = field(default_factory=list)  # shards that arrived again with the same value
     rewrites: list[str] = field(default_factory=list)  # shards that arrived again, changed, before completion
+    defaulted: list[str] = field(default_factory=list)  # optional tensors that never arrived
+    rebuild: list[str] = field(default_factory=list)  # buffers on meta that no checkpoint holds
     shards: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
@@ -46,7 +48,12 @@ class Report:
                 f"resident {size_text(self.resident)}, peak allocated {size_text(self.peak_allocated)}, "
                 f"peak reserved {size_text(self.peak_reserved)}"
             )
-        for label, names in (("arrived twice", self.duplicates), ("rewritten while open", self.rewrites)):
+        for label, names in (
+            ("arrived twice", self.duplicates),
+            ("rewritten while open", self.rewrites),
+            ("never arrived, as allowed", self.defaulted),
+            ("to be rebuilt by the model's owner", self.rebuild),
+        ):
             if names:
                 lines.append(f"{label}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
         return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""Seeing every read and write of a tracked tensor, below whatever the engine calls to make it.
+
+Tracked weights live on the meta device. Views of them stay there; an op that reads or writes their elements is
+carried out on real memory instead (see `writes`). For that to work nothing real may become meta on its way into a
+weight, so data that the engine sends to its parameter's device, or wraps into a tensor there, stays real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .op_info import op_info
+from .writes import Writes
+
+_FOREACH = {  # name -> the op for each of its tensors
+    "_foreach_copy_": torch.ops.aten.copy_.default,
+    "_foreach_zero_": torch.ops.aten.zero_.default,
+}
+
+
+class CopyCounter(TorchDispatchMode):
+    """Carries out reads and writes of tracked tensors through `writes`, and leaves every other op alone.
+
+    A mode belongs to the thread that enters it; a second thread enters one of its own.
+    """
+
+    def __init__(self, writes: Writes):
+        super().__init__()
+        self._writes = writes
+        self._function_mode = _KeepReal(writes)
+
+    def __enter__(self):
+        self._function_mode.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self._function_mode.__exit__(*exc)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        info = op_info(func)
+        if info is None or (info.is_view and not _sets_storage(info)):
+            return func(*args, **kwargs)
+        targets: list = []
+        if info.writes:
+            for i in info.written_args:
+                self._find(args[i] if i < len(args) else None, True, targets)
+            for name in info.written_kwargs:
+                self._find(kwargs.get(name), True, targets)
+        if _sets_storage(info):
+            return self._set(func, args, kwargs, targets)
+        written = {id(t.tensor) for t in targets}
+        self._find_read(args, written, targets)
+        if kwargs:
+            self._find_read(kwargs.values(), written, targets)
+        if not targets:
+            if info.name in ("_to_copy", "scalar_tensor") and _is_meta(kwargs.get("device")):
+                return self._stay_real(func, info, args, kwargs)
+            return func(*args, **kwargs)
+        if info.is_like:
+            device = kwargs.get("device")
+            return func(*args, **{**kwargs, "device": self._writes.device if _is_meta(device or "meta") else device})
+        if info.name in _FOREACH:
+            for part in zip(*(arg for arg in args if isinstance(arg, (list, tuple))), strict=True):
+                self.__torch_dispatch__(_FOREACH[info.name], types, part)
+            return None
+        if info.name == "_to_copy" and _is_meta(kwargs.get("device")):
+            kwargs = {**kwargs, "device": self._writes.device}
+        return self._writes.run(func, info, args, kwargs, targets)
+
+    def _find(self, x, written, targets):
+        if isinstance(x, torch.Tensor):
+            target = self._writes.find(x, written)
+            if target is not None:
+                targets.append(target)
+        elif isinstance(x, (list, tuple)):
+            for item in x:
+                self._find(item, written, targets)
+
+    def _find_read(self, args, written, targets):
+        """Only weights on meta have to be found when they are read; and real ones that are tied."""
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                if (x.is_meta or self._writes.has_tied_real) and id(x) not in written:
+                    self._find(x, False, targets)
+            elif isinstance(x, (list, tuple)):
+                self._find_read(x, written, targets)
+
+    def _stay_real(self, func, info, args, kwargs):
+        """A number or a real tensor on its way to the meta device."""
+        if info.name == "_to_copy" and args[0].is_meta:
+            return func(*args, **kwargs)
+        device = torch.device("cpu") if info.name == "scalar_tensor" else self._writes.device
+        return func(*args, **{**kwargs, "device": device})
+
+    def _set(self, func, args, kwargs, targets):
+        """`weight.set_(data)` with real data is a write; other uses only make views."""
+        source = args[1] if len(args) > 1 else None
+        if targets and targets[0].tensor.is_meta and isinstance(source, torch.Tensor) and not source.is_meta:
+            self._writes.assign(targets[0].tracked, args[0], source)
+            return args[0]
+        return func(*args, **kwargs)
+
+
+class _KeepReal(TorchFunctionMode):
+    """What dispatch comes too late for: it sees indices, data and replaced storage only after their values are lost."""
+
+    def __init__(self, writes: Writes):
+        super().__init__()
+        self._writes = writes
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self._writes, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _with_real_index(writes, func, args, kwargs):
+    if isinstance(args[0], torch.Tensor) and args[0].is_meta:
+        args = (args[0], _real_index(args[1]), *args[2:])
+    return func(*args, **kwargs)
+
+
+def _real_index(index):
+    """Lists and arrays as tensors, which torch would else make on the device of what they index."""
+    if isinstance(index, tuple):
+        return tuple(map(_real_index, index))
+    if isinstance(index, torch.Tensor) or not (isinstance(index, Sequence) or hasattr(index, "__array__")):
+        return index
+    return torch.as_tensor(index, device="cpu")
+
+
+def _with_real_data(writes, func, args, kwargs):
+    if _is_meta(kwargs.get("device")) and not (isinstance(args[0], torch.Tensor) and args[0].is_meta):
+        kwargs = {**kwargs, "device": writes.device}
+    return func(*args, **kwargs)
+
+
+def _new_tensor(writes, func, args, kwargs):
+    if not args[0].is_meta or not _is_meta(kwargs.get("device") or "meta"):
+        return func(*args, **kwargs)
+    return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs, "device": writes.device})
+
+
+def _set_data(writes, func, args, kwargs):
+    """`weight.data = tensor`: torch refuses a real tensor for a meta one; here it is a write of the whole."""
+    destination, value = args
+    if destination.is_meta and isinstance(value, torch.Tensor) and not value.is_meta:
+        target = writes.find(destination, written=True)
+        if target is not None:
+            writes.assign(target.tracked, destination, value)
+            return None
+    return func(*args, **kwargs)
+
+
+_HANDLERS = {
+    torch.Tensor.__setitem__: _with_real_index,
+    torch.Tensor.__getitem__: _with_real_index,
+    torch.tensor: _with_real_data,
+    torch.as_tensor: _with_real_data,
+    torch.Tensor.new_tensor: _new_tensor,
+    torch.Tensor.data.__set__: _set_data,
+}
+
+
+def _sets_storage(info):
+    return info.name == "set_"
+
+
+def _is_meta(device):
+    return device is not None and torch.device(device).type == "meta"

@@ -1,0 +1,412 @@
+"""Carrying out the reads and writes of tracked tensors: on real memory, recorded, and finished in time.
+
+A unit that became complete stays open until its thread writes to another unit: composed loaders copy a weight and
+then write a function of it back. So a thread holds one finished unit and one that is being filled.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from ..errors import ConflictingShardError, LoadError
+from ..ops import FP8_DTYPES
+from .coverage import boxes_of
+from .op_info import OpInfo, op_info
+from .report import Report
+from .staging import COMPARE_ELEMENTS, Staging, Tracked, Unit
+from .target import Target
+
+_SPLIT = {"copy_", "fill_", "zero_"}
+
+
+class Writes:
+    """The state of one load: what is tracked, what is held open, what went wrong.
+
+    Args:
+        staging: where open units wait.
+        report: counts what happens.
+        on_unit: called with (unit, q, scale) after each unit.
+        on_final: called with each `Tracked` when its last unit is final.
+        progress: called with (unit) after each unit.
+    """
+
+    def __init__(self, staging: Staging, report: Report, on_unit, on_final: Callable, progress: Callable):
+        self.staging = staging
+        self.device = staging.device
+        self.report = report
+        self.error: LoadError | None = None  # the first, in case the engine's own code swallows it
+        self.has_tied_real = False
+        self._on_unit, self._on_final, self._progress = on_unit, on_final, progress
+        self._lock = threading.RLock()
+        self._by_storage: dict[int, tuple[Tracked, int]] = {}
+        self._storages: list[torch.UntypedStorage] = []  # alive, so that no other storage takes their address
+        self._held: dict[int, Unit] = {}  # thread -> its last completed unit
+
+    def track(self, tracked: Tracked, t: torch.Tensor):
+        """From now on, what is written to the storage of `t` is a shard of `tracked`."""
+        storage = t.untyped_storage()
+        self._storages.append(storage)
+        self._by_storage[storage._cdata] = tracked, t.element_size()
+        if not t.is_meta and not tracked.entry.scheme and len(tracked.entry.names) > 1:
+            self.has_tied_real = True
+
+    def find(self, t: torch.Tensor, written: bool) -> Target | None:
+        """The target, if its storage is tracked."""
+        if t.layout is not torch.strided:
+            return None
+        known = self._by_storage.get(t.untyped_storage()._cdata)
+        return known and Target(t, *known, written)
+
+    def owner(self, t: torch.Tensor) -> Tracked | None:
+        """What the storage of `t` is tracked as."""
+        target = self.find(t, written=False)
+        return target and target.tracked
+
+    def run(self, func, info: OpInfo, args, kwargs, targets: list[Target]):
+        """Carry out an op that reads or writes tracked tensors; returns what the op returns."""
+        with self._lock:
+            try:
+                return self._run(func, info, args, kwargs, targets)
+            except LoadError as error:
+                self.error = self.error or error
+                raise
+
+    def assign(self, tracked: Tracked, destination: torch.Tensor, value: torch.Tensor):
+        """A tensor took the place of a tracked one: a write of the whole."""
+        if tuple(value.shape) != tracked.entry.shape:
+            raise LoadError(
+                f"`{tracked.entry.name}` must keep the shape {tracked.entry.shape} while it loads, got a tensor of "
+                f"{tuple(value.shape)} in its place; change layouts in `on_module` or `on_finish`"
+            )
+        self.copy(destination.detach(), value.detach())
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor):
+        """`destination.copy_(source)`, of a view of a tracked tensor."""
+        func, args = torch.ops.aten.copy_.default, (destination, source)
+        self.run(func, op_info(func), args, {}, self._targets_of(args))
+
+    def finish_as_it_is(self, unit: Unit):
+        """Finish a unit that no write completed; what is not written of it is 0."""
+        if unit.scheme is not None:
+            unit.zero_gaps()
+            self._finish(unit)
+        else:
+            self._complete(unit)
+
+    def flush(self):
+        """Finish every unit that is complete."""
+        with self._lock:
+            for thread in list(self._held):
+                self._finish(self._held.pop(thread))
+
+    # Reading and writing.
+
+    def _run(self, func, info, args, kwargs, targets):
+        for target in targets:
+            target.locate()
+        written = [t for t in targets if t.written]
+        if not written:
+            return self._call(func, args, kwargs, targets, [self._readable(t) for t in targets])
+        self._refuse(info, args, kwargs, targets)
+        if len(written) == 1 and len(written[0].units) > 1 and info.name in _SPLIT:
+            parts = _split(args, written[0])
+            if parts:
+                for part in parts:
+                    self.run(func, info, part, kwargs, self._targets_of(part))
+                return args[0]
+        quantized = [t for t in written if t.tracked.entry.scheme]
+        if any(unit.final for t in quantized for unit in t.units):
+            return self._verify(func, info, args, kwargs, targets)
+        self._let_go({unit for t in quantized for unit in t.units})
+        before = [self._before(t, info, args, kwargs) for t in written]
+        buffers = [self._writable(t, info, args, kwargs) if t.written else self._readable(t) for t in targets]
+        result = self._call(func, args, kwargs, targets, buffers)
+        for target, seen in zip(written, before, strict=True):
+            if seen:
+                seen.append(str(target))
+            self._record(target, info, args, buffers[targets.index(target)])
+        return result
+
+    def _readable(self, target):
+        """Real memory that holds what was written to the target's units."""
+        if not target.tracked.entry.scheme:
+            target.tracked.units[0].read_since_write = True
+            return target.tensor
+        if any(unit.final for unit in target.units):
+            raise LoadError(
+                f"`{target.tracked.entry.name}` cannot be read: it is quantized already. A loader may read a weight "
+                "until it writes another one; name the weight in `ignore` if it must be read later"
+            )
+        for unit in target.units:
+            unit.zero_gaps()
+            unit.read_since_write = True
+        return self._gather(target)
+
+    def _writable(self, target, info, args, kwargs):
+        """Real memory for an op to write into."""
+        if not target.tracked.entry.scheme:
+            return target.tensor
+        source = args[1] if info.name == "copy_" and target.in_elements else None
+        for unit in target.units:
+            if not info.replaces(args, kwargs):
+                unit.zero_gaps()
+            unit.open(source.dtype if source is not None and source.is_floating_point() else None)
+        return self._gather(target)
+
+    def _gather(self, target):
+        """The buffer of the target's unit, or several units in a row in a temporary one."""
+        if not target.units:
+            return self.staging.empty(0, target.tracked.entry.dtype)
+        if len(target.units) == 1:
+            return target.units[0].open()
+        for unit in target.units:
+            unit.zero_gaps()
+        dtype = max((unit.open().dtype for unit in target.units), key=lambda d: d.itemsize)
+        together = self.staging.empty((len(target.units), *target.tracked.unit_shape), dtype)
+        for row, unit in zip(together, target.units, strict=True):
+            row.copy_(unit.buffer)
+        return together
+
+    def _call(self, func, args, kwargs, targets, buffers):
+        """The op, with real views in the place of the tracked tensors."""
+        views = {id(t.tensor): t.view(b) for t, b in zip(targets, buffers, strict=True)}
+        originals = {id(v): t.tensor for t in targets if (v := views[id(t.tensor)]) is not t.tensor}
+        staged = bool(originals)
+        written = {id(views[id(t.tensor)]) for t in targets if t.written}
+        wide = {t.tracked.entry.dtype: b.dtype for t, b in zip(targets, buffers, strict=True) if t.in_elements}
+        copies = func is torch.ops.aten.copy_.default
+
+        def real(x):
+            if isinstance(x, torch.Tensor):
+                if id(x) in views:
+                    return views[id(x)]
+                if staged and not copies and not x.is_meta:
+                    # The engine saw the meta device and could not know where the data is, nor in what width.
+                    if x.ndim and x.device != self.device:
+                        x = x.to(self.device)
+                    if x.dtype in wide and x.dtype != wide[x.dtype]:
+                        x = x.to(wide[x.dtype])
+                return x
+            if isinstance(x, (list, tuple)):
+                return type(x)(real(item) for item in x)
+            return x
+
+        args, kwargs = real(args), {key: real(value) for key, value in kwargs.items()}
+        try:
+            result = func(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            names = ", ".join(f"`{t.tracked.entry.name}`" for t in targets)
+            raise RuntimeError(f"{func} on {names}: {error}") from error
+        for target in targets:
+            if target.written and views[id(target.tensor)].shape != target.tensor.shape:
+                raise LoadError(
+                    f"`{target.tracked.entry.name}`: {func} was given an output of shape {tuple(target.tensor.shape)} "
+                    f"for a result of shape {tuple(views[id(target.tensor)].shape)}"
+                )
+
+        def virtual(x):
+            if isinstance(x, torch.Tensor):
+                return originals[id(x)] if id(x) in written and id(x) in originals else x
+            return type(x)(map(virtual, x)) if isinstance(x, (list, tuple)) else x
+
+        return virtual(result)
+
+    def _refuse(self, info, args, kwargs, targets):
+        """Raise for data that cannot become a weight."""
+        names = ", ".join(f"`{t.tracked.entry.name}`" for t in targets if t.written)
+        known = {id(t.tensor) for t in targets}
+        for x in _tensors((args, *kwargs.values())):
+            if x.is_meta and id(x) not in known:
+                raise LoadError(f"{names}: a tensor on the meta device holds no data to load ({info.name})")
+        if info.name != "copy_":
+            return
+        target, source = next(t for t in targets if t.written), args[1]
+        into, dtype = target.tensor.dtype, source.dtype
+        if not target.in_elements:
+            if dtype != into:
+                raise LoadError(f"{names}: a view as {into} must be written with {into}, got {dtype}")
+        elif target.tracked.entry.scheme and not dtype.is_floating_point and source.ndim:
+            raise LoadError(f"{names} must be loaded from floating-point data, got {dtype}")
+        elif target.tracked.entry.scheme and dtype.itemsize == 1 and source.ndim:
+            raise LoadError(f"{names} must be loaded from high precision, got {dtype} without its scale")
+        elif into in FP8_DTYPES and dtype != into and not target.tracked.entry.scheme:
+            raise LoadError(f"{names} is {into}: a cast from {dtype} would drop the scale; quantize it")
+
+    def _before(self, target, info, args, kwargs):
+        """The list of the report that this write belongs on, if its elements were written before."""
+        if len(target.units) != 1:
+            return None
+        (unit,) = target.units
+        count = unit.coverage.overlap(target.offset, target.sizes, target.strides)
+        if not count:
+            return None
+        if not self._changes(target, unit, info, args, whole=count == math.prod(target.sizes)):
+            return self.report.duplicates
+        tied = len(target.tracked.entry.names) > 1
+        if tied and info.replaces(args, kwargs) and unit.coverage.complete and not unit.read_since_write:
+            raise ConflictingShardError(
+                f"{target}: other values arrived before; it is one tensor under the names "
+                f"{', '.join(f'`{name}`' for name in target.tracked.entry.names)}"
+            )
+        return self.report.rewrites
+
+    def _changes(self, target, unit, info, args, whole):
+        """Would this write change what was written? Compared in pieces; what cannot be compared does."""
+        if info.name == "zero_":
+            value = torch.zeros((), device=self.device)
+        elif info.name in ("copy_", "fill_"):
+            value = torch.as_tensor(args[1])
+        else:
+            return True
+        view = target.view(unit.buffer)
+        if not whole and view.shape != target.sizes:
+            return True
+        value = value.expand(view.shape)
+        written = None if whole else _same_view(target, unit.coverage.as_mask())
+        if not view.ndim:
+            view, value = view[None], value[None]
+            written = written if written is None else written[None]
+        step = max(COMPARE_ELEMENTS // max(view[:1].numel(), 1), 1)
+        for start in range(0, len(view), step):
+            piece = slice(start, start + step)
+            differ = view[piece] != value[piece].to(view.device)
+            if bool(differ.any() if written is None else (differ & written[piece]).any()):
+                return True
+        return False
+
+    def _record(self, target, info, args, buffer):
+        """Note what a write has written; finish what that completes."""
+        t = target.tensor
+        source = args[1] if info.name == "copy_" else t
+        self.report.shards += 1
+        self.report.bytes_in += t.numel() * source.element_size()
+        if len(target.units) == 1 and info.mark is None:
+            (unit,) = target.units
+            unit.coverage.add_region(target.offset, target.sizes, target.strides)
+        elif target.units:
+            written = self._written_mask(target, info, args)
+            for i, unit in enumerate(target.units):
+                if len(target.units) > 1:
+                    unit.open(buffer.dtype).copy_(buffer[i])
+                unit.coverage.add_mask(written[i])
+            if len(target.units) > 1:
+                self.staging.release(buffer)
+        for unit in target.units:
+            unit.read_since_write = False
+            if not unit.final and unit.coverage.complete:
+                self._complete(unit)
+
+    def _written_mask(self, target, info, args):
+        """Bool `[units, N, K]`: the elements that the op has written."""
+        unit = target.units[0]
+        written = torch.zeros((len(target.units), *unit.shape), dtype=torch.bool, device=self.device)
+        view = _same_view(target, written)
+        if info.mark is None:
+            view.fill_(True)
+        elif view.shape != target.tensor.shape:
+            raise LoadError(f"{target}: {info.name} must be called on elements, not on a {target.tensor.dtype} view")
+        else:
+            mark = torch.zeros(view.shape, dtype=torch.bool, device=written.device)
+            info.mark(mark, *args[1:])
+            view.copy_(mark)
+        return written
+
+    def _verify(self, func, info, args, kwargs, targets):
+        """A write to what is quantized: it must say what was said before."""
+        written = [t for t in targets if t.written]
+        target = written[0]
+        if len(written) > 1 or len(target.units) > 1 or not info.replaces(args, kwargs):
+            raise LoadError(f"{target} is quantized already; {info.name} cannot change it")
+        (unit,) = target.units
+        self._let_go({unit})
+        source = args[1] if info.name == "copy_" and target.in_elements else target.tensor
+        dtype = unit.dtype_for(source.dtype if source.dtype.itemsize > 1 else target.tracked.entry.dtype)
+        values = self.staging.empty(unit.shape, dtype)
+        buffers = [values if t is target else self._readable(t) for t in targets]
+        result = self._call(func, args, kwargs, targets, buffers)
+        boxes = boxes_of(unit.shape, target.offset, target.sizes, target.strides)
+        mask = None if boxes is not None and info.mark is None else self._written_mask(target, info, args)[0]
+        same = unit.same_codes(values, boxes if mask is None else None, mask)
+        self.staging.release(values)
+        if not same:
+            raise ConflictingShardError(f"{target}: it is quantized already, and other values arrived now")
+        self.report.duplicates.append(str(target))
+        return result
+
+    # Finishing.
+
+    def _let_go(self, units):
+        """This thread turns to these units: what it held open is finished."""
+        held = self._held.get(threading.get_ident())
+        if units and held is not None and held not in units:
+            del self._held[threading.get_ident()]
+            self._finish(held)
+
+    def _complete(self, unit):
+        if unit.scheme is None:
+            unit.final = True
+            self._progress(unit)
+            self._on_final(unit.tracked)
+            return
+        self._let_go({unit})
+        self._held[threading.get_ident()] = unit
+
+    def _finish(self, unit):
+        if unit.final:  # two threads held it
+            return
+        started = time.perf_counter()
+        q, scale = unit.finalize()
+        self.report.quantized_units += 1
+        phases = self.report.seconds_by_phase
+        phases["quantize"] = phases.get("quantize", 0.0) + time.perf_counter() - started
+        if self._on_unit is not None:
+            self._on_unit(unit, q, scale)
+        self._progress(unit)
+        if unit.tracked.final:
+            self._on_final(unit.tracked)
+
+    def _targets_of(self, args):
+        found = (self.find(x, written=i == 0) for i, x in enumerate(args) if isinstance(x, torch.Tensor))
+        return [target for target in found if target]
+
+
+def _split(args, target):
+    """The arguments of one write to several experts, as one set for each, so that each can be finished at once;
+    None where the view does not fall apart at experts."""
+    t, source = args[0], args[1] if len(args) > 1 else None
+    numel = target.tracked.unit_numel * target.itemsize // t.element_size()
+    is_tensor = isinstance(source, torch.Tensor) and source.ndim > 0
+    if is_tensor:
+        source = source.expand(t.shape)
+    dim = next((d for d, s in enumerate(t.stride()) if s and s % numel == 0 and t.size(d) > 1), None)
+    if dim is not None:
+        parts = [(t.select(dim, i), source.select(dim, i) if is_tensor else source) for i in range(t.size(dim))]
+    elif t.is_contiguous():
+        flat, start = t.view(-1), target.offset * target.itemsize // t.element_size()
+        source = source.reshape(-1) if is_tensor else source
+        edges = [0, *range(numel - start % numel, flat.numel(), numel), flat.numel()]
+        pairs = zip(edges, edges[1:], strict=False)
+        parts = [(flat[a:b], source[a:b] if is_tensor else source) for a, b in pairs]
+    else:
+        return None
+    return [(part, part_source, *args[2:])[: len(args)] for part, part_source in parts]
+
+
+def _same_view(target, of_units):
+    """The target's elements in a contiguous tensor that covers its units."""
+    return of_units.as_strided(target.sizes, target.strides, target.offset)
+
+
+def _tensors(args):
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
