@@ -15,7 +15,7 @@ struct Traits {
   static constexpr int kGroups = kGroups_;
   static constexpr int kNumThreads = kTeam > 32 ? kTeam : 256;
   static constexpr int kTeams = kNumThreads / kTeam;
-  static constexpr int kCapacity = kTeam * kVecs;
+  static constexpr int capacity() { return kTeam * kVecs; }
   static_assert((kTeam & (kTeam - 1)) == 0 && kTeam <= 1024, "teams are powers of two within a thread block");
   static_assert(kTeam <= 32 || kGroups == 1, "a team wider than a warp reduces once");
 };
@@ -116,7 +116,7 @@ void launch_smallest_that_fits(const QuantizeParams& params, bool aligned, cudaS
   const int64_t vecs = params.grouping.vecs_per_group;
   const auto fits = [&](auto traits) {
     using Candidate = decltype(traits);
-    if (vecs > Candidate::kCapacity) return false;
+    if (vecs > Candidate::capacity()) return false;
     launch<Candidate>(params, aligned, stream);
     return true;
   };
@@ -131,7 +131,7 @@ void launch_smallest_that_fits(const QuantizeParams& params, bool aligned, cudaS
 }  // namespace
 
 int64_t max_resident_vecs(InputType type, bool aligned) {
-  return type != InputType::kFloat32 && aligned ? Largest<__half>::kCapacity : LargestOfAny<float>::kCapacity;
+  return type != InputType::kFloat32 && aligned ? Largest<__half>::capacity() : LargestOfAny<float>::capacity();
 }
 
 void launch_quantize_groups(const QuantizeParams& params, InputType type, bool aligned, cudaStream_t stream) {
