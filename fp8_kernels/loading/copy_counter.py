@@ -33,6 +33,12 @@ class CopyCounter(TorchDispatchMode):
         self._writes = writes
         self._function_mode = _KeepReal(writes)
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        # torch wraps the handler to keep torch.compile out of it, for which it imports all of torch._dynamo
+        # (1.7 s) at the first op; loading code is not compiled.
+        return False
+
     def __enter__(self):
         self._function_mode.__enter__()
         return super().__enter__()

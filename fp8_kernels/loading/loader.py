@@ -200,6 +200,7 @@ class LayerwiseLoader:
         if tracked.installed or tracked.entry.scheme is None:
             return
         tracked.installed = True
+        tracked.allocate(self.device)  # a weight without experts has had no unit to do it
         for t in {id(t): t for t in (p.registry[p.leaf] for p in tracked.places)}.values():
             exchange(t, tracked.q)
         self._writes.track(tracked, tracked.q)  # what still arrives is verified
@@ -217,7 +218,7 @@ class LayerwiseLoader:
     # The end.
 
     def _finish(self):
-        started = time.perf_counter()
+        started, quantizing = time.perf_counter(), self.report.seconds_by_phase.get("quantize", 0.0)
         if self._writes.error is not None:
             raise self._writes.error
         self._follow_replaced()
@@ -235,7 +236,7 @@ class LayerwiseLoader:
                     self._on_module(module)
         if self._on_finish is not None:
             self._on_finish(self.model)
-        self._complete_report(started)
+        self._complete_report(started, quantizing)
 
     def _follow_replaced(self):
         """Find by identity what no op tells of: tensors that were tied, replaced or exchanged meanwhile."""
@@ -316,7 +317,7 @@ class LayerwiseLoader:
                 f"parameters must exist before the loader is entered, got new ones on meta: {', '.join(late)}"
             )
 
-    def _complete_report(self, started):
+    def _complete_report(self, started, quantizing):
         report = self.report
         report.bytes_out = sum(tracked.entry.bytes_out for tracked in self._tracked)
         report.peak_staging_bytes = self._staging.peak
@@ -328,8 +329,8 @@ class LayerwiseLoader:
         now = time.perf_counter()
         report.seconds = now - self._started
         phases = report.seconds_by_phase
-        phases["load"] = started - self._started - phases.get("quantize", 0.0)
-        phases["finish"] = now - started
+        phases["load"] = started - self._started - quantizing
+        phases["finish"] = now - started - (phases.get("quantize", 0.0) - quantizing)
 
     def _roll_back(self):
         self._snapshot.restore()

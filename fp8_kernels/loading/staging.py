@@ -191,12 +191,16 @@ class Tracked:
 
     def destination(self, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of one unit, to write into."""
+        self.allocate(device)
+        return (self.q, self.scale) if len(self.entry.shape) == 2 else (self.q[number], self.scale[number])
+
+    def allocate(self, device: torch.device):
+        """Make the FP8 result, if it is not there yet."""
         if self.q is None:
             entry = self.entry
             self.q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=device)
             scale_shape = entry.scheme.scale_shape(entry.shape)
             self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=device)
-        return (self.q, self.scale) if len(self.entry.shape) == 2 else (self.q[number], self.scale[number])
 
     def region(self, t: torch.Tensor, itemsize: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """A view of the tracked storage as (offset, sizes, strides) in elements of the parameter.

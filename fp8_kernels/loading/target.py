@@ -72,7 +72,9 @@ class Target:
         boxes = boxes_of(unit.shape, self.offset, self.sizes, self.strides)
         if boxes is None:
             return f"{unit}, a part"
-        return f"{unit} {', '.join(describe(box, unit.shape) for box in boxes)}"
+        if boxes == [(0, unit.shape[0], 0, unit.shape[1])]:
+            return str(unit)
+        return f"{unit} {'; '.join(describe(box, unit.shape) for box in boxes)}"
 
 
 def describe(box, shape) -> str:

@@ -1,7 +1,8 @@
 """Carrying out the reads and writes of tracked tensors: on real memory, recorded, and finished in time.
 
 A unit that became complete stays open until its thread writes to another unit: composed loaders copy a weight and
-then write a function of it back. So a thread holds one finished unit and one that is being filled.
+then write a function of it back. So a thread holds one complete unit and one that is being filled; more only where
+one op writes several at once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Writes:
         self._lock = threading.RLock()
         self._by_storage: dict[int, tuple[Tracked, int]] = {}
         self._storages: list[torch.UntypedStorage] = []  # alive, so that no other storage takes their address
-        self._held: dict[int, Unit] = {}  # thread -> its last completed unit
+        self._held: dict[int, list[Unit]] = {}  # thread -> the units that its last write completed
 
     def track(self, tracked: Tracked, t: torch.Tensor):
         """From now on, what is written to the storage of `t` is a shard of `tracked`."""
@@ -96,13 +97,14 @@ class Writes:
             unit.zero_gaps()
             self._finish(unit)
         else:
-            self._complete(unit)
+            self._pass(unit)
 
     def flush(self):
         """Finish every unit that is complete."""
         with self._lock:
             for thread in list(self._held):
-                self._finish(self._held.pop(thread))
+                for unit in self._held.pop(thread):
+                    self._finish(unit)
 
     # Reading and writing.
 
@@ -111,7 +113,10 @@ class Writes:
             target.locate()
         written = [t for t in targets if t.written]
         if not written:
-            return self._call(func, args, kwargs, targets, [self._readable(t) for t in targets])
+            buffers = [self._readable(t) for t in targets]
+            result = self._call(func, args, kwargs, targets, buffers)
+            self._release(targets, buffers)
+            return result
         self._refuse(info, args, kwargs, targets)
         if len(written) == 1 and len(written[0].units) > 1 and info.name in _SPLIT:
             parts = _split(args, written[0])
@@ -122,14 +127,19 @@ class Writes:
         quantized = [t for t in written if t.tracked.entry.scheme]
         if any(unit.final for t in quantized for unit in t.units):
             return self._verify(func, info, args, kwargs, targets)
-        self._let_go({unit for t in quantized for unit in t.units})
+        self._let_go([unit for t in quantized for unit in t.units])
         before = [self._before(t, info, args, kwargs) for t in written]
         buffers = [self._writable(t, info, args, kwargs) if t.written else self._readable(t) for t in targets]
         result = self._call(func, args, kwargs, targets, buffers)
+        completed = []
         for target, seen in zip(written, before, strict=True):
-            if seen:
+            if seen is not None:
                 seen.append(str(target))
-            self._record(target, info, args, buffers[targets.index(target)])
+            completed += self._record(target, info, args, buffers[targets.index(target)])
+        self._release(targets, buffers)
+        if completed:
+            self._let_go(completed)
+            self._held[threading.get_ident()] = completed
         return result
 
     def _readable(self, target):
@@ -151,17 +161,16 @@ class Writes:
         """Real memory for an op to write into."""
         if not target.tracked.entry.scheme:
             return target.tensor
-        source = args[1] if info.name == "copy_" and target.in_elements else None
         for unit in target.units:
             if not info.replaces(args, kwargs):
                 unit.zero_gaps()
-            unit.open(source.dtype if source is not None and source.is_floating_point() else None)
+            unit.open(_source_dtype(target, info, args))
         return self._gather(target)
 
     def _gather(self, target):
         """The buffer of the target's unit, or several units in a row in a temporary one."""
         if not target.units:
-            return self.staging.empty(0, target.tracked.entry.dtype)
+            return torch.empty(0, dtype=target.tracked.entry.dtype, device=self.device)
         if len(target.units) == 1:
             return target.units[0].open()
         for unit in target.units:
@@ -171,6 +180,12 @@ class Writes:
         for row, unit in zip(together, target.units, strict=True):
             row.copy_(unit.buffer)
         return together
+
+    def _release(self, targets, buffers):
+        """Let go of what `_gather` had to put together."""
+        for target, buffer in zip(targets, buffers, strict=True):
+            if len(target.units) > 1:
+                self.staging.release(buffer)
 
     def _call(self, func, args, kwargs, targets, buffers):
         """The op, with real views in the place of the tracked tensors."""
@@ -228,6 +243,8 @@ class Writes:
         if info.name != "copy_":
             return
         target, source = next(t for t in targets if t.written), args[1]
+        if not isinstance(source, torch.Tensor):  # a number
+            return
         into, dtype = target.tensor.dtype, source.dtype
         if not target.in_elements:
             if dtype != into:
@@ -282,9 +299,9 @@ class Writes:
         return False
 
     def _record(self, target, info, args, buffer):
-        """Note what a write has written; finish what that completes."""
+        """Note what a write has written; returns the quantized units that are complete now."""
         t = target.tensor
-        source = args[1] if info.name == "copy_" else t
+        source = args[1] if info.name == "copy_" and isinstance(args[1], torch.Tensor) else t
         self.report.shards += 1
         self.report.bytes_in += t.numel() * source.element_size()
         if len(target.units) == 1 and info.mark is None:
@@ -296,12 +313,15 @@ class Writes:
                 if len(target.units) > 1:
                     unit.open(buffer.dtype).copy_(buffer[i])
                 unit.coverage.add_mask(written[i])
-            if len(target.units) > 1:
-                self.staging.release(buffer)
+        completed = []
         for unit in target.units:
             unit.read_since_write = False
             if not unit.final and unit.coverage.complete:
-                self._complete(unit)
+                if unit.scheme is None:
+                    self._pass(unit)
+                else:
+                    completed.append(unit)
+        return completed
 
     def _written_mask(self, target, info, args):
         """Bool `[units, N, K]`: the elements that the op has written."""
@@ -325,12 +345,11 @@ class Writes:
         if len(written) > 1 or len(target.units) > 1 or not info.replaces(args, kwargs):
             raise LoadError(f"{target} is quantized already; {info.name} cannot change it")
         (unit,) = target.units
-        self._let_go({unit})
-        source = args[1] if info.name == "copy_" and target.in_elements else target.tensor
-        dtype = unit.dtype_for(source.dtype if source.dtype.itemsize > 1 else target.tracked.entry.dtype)
-        values = self.staging.empty(unit.shape, dtype)
+        self._let_go([unit])
+        values = self.staging.empty(unit.shape, unit.dtype_for(_source_dtype(target, info, args)))
         buffers = [values if t is target else self._readable(t) for t in targets]
         result = self._call(func, args, kwargs, targets, buffers)
+        self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
         boxes = boxes_of(unit.shape, target.offset, target.sizes, target.strides)
         mask = None if boxes is not None and info.mark is None else self._written_mask(target, info, args)[0]
         same = unit.same_codes(values, boxes if mask is None else None, mask)
@@ -343,20 +362,18 @@ class Writes:
     # Finishing.
 
     def _let_go(self, units):
-        """This thread turns to these units: what it held open is finished."""
+        """This thread turns to these units: what else it held open is finished."""
         held = self._held.get(threading.get_ident())
-        if units and held is not None and held not in units:
-            del self._held[threading.get_ident()]
-            self._finish(held)
+        if held and units and any(unit not in units for unit in held):
+            self._held[threading.get_ident()] = [unit for unit in held if unit in units]
+            for unit in held:
+                if unit not in units:
+                    self._finish(unit)
 
-    def _complete(self, unit):
-        if unit.scheme is None:
-            unit.final = True
-            self._progress(unit)
-            self._on_final(unit.tracked)
-            return
-        self._let_go({unit})
-        self._held[threading.get_ident()] = unit
+    def _pass(self, unit):
+        unit.final = True
+        self._progress(unit)
+        self._on_final(unit.tracked)
 
     def _finish(self, unit):
         if unit.final:  # two threads held it
@@ -397,6 +414,13 @@ def _split(args, target):
     else:
         return None
     return [(part, part_source, *args[2:])[: len(args)] for part, part_source in parts]
+
+
+def _source_dtype(target, info, args):
+    """The dtype of floating-point data that is copied into elements; None for everything else."""
+    if info.name != "copy_" or not target.in_elements or not isinstance(args[1], torch.Tensor):
+        return None
+    return args[1].dtype if args[1].is_floating_point() else None
 
 
 def _same_view(target, of_units):
