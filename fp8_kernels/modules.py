@@ -179,6 +179,30 @@ class Fp8Experts(Fp8Module):
             self.register_parameter(f"{name}_bias", bias)
 
     @classmethod
+    def like(cls, experts: nn.Module, scheme: str | Scheme, **options) -> Fp8Experts:
+        """Uninitialised codes and scales in the layout of a transformers experts module, with its biases and gate.
+
+        Args:
+            experts: the module; its weights may be on the meta device.
+            scheme, **options: as for the class.
+        """
+        transposed, shape = bool(getattr(experts, "is_transposed", False)), experts.down_proj.shape
+        new = cls(
+            shape[0],
+            shape[2 if transposed else 1],
+            shape[1 if transposed else 2],
+            getattr(experts, "act_fn", None),
+            scheme,
+            has_gate="gate_up_proj" in experts._parameters,
+            has_bias="down_proj_bias" in experts._parameters,
+            is_transposed=transposed,
+            apply_gate=_own_gate(experts),
+            **options,
+        )
+        _share(experts, new, (f"{new.first}_bias", "down_proj_bias"))
+        return new.train(experts.training)
+
+    @classmethod
     def from_experts(cls, experts: nn.Module, scheme: str | Scheme | None = None, activation="dynamic") -> Fp8Experts:
         """An `Fp8Experts` on the very tensors of a transformers experts module whose weights are FP8.
 
@@ -190,24 +214,10 @@ class Fp8Experts(Fp8Module):
         Raises:
             ValueError: the scheme cannot be told from the shapes.
         """
-        has_gate, transposed = "gate_up_proj" in experts._parameters, bool(getattr(experts, "is_transposed", False))
-        down = experts.down_proj
-        num_experts, hidden_dim, intermediate_dim = down.shape if not transposed else (down.shape[i] for i in (0, 2, 1))
-        new = cls(
-            num_experts,
-            hidden_dim,
-            intermediate_dim,
-            getattr(experts, "act_fn", None),
-            _scheme_of(down, experts.down_proj_scale) if scheme is None else scheme,
-            activation=activation,
-            device="meta",
-            has_gate=has_gate,
-            has_bias="down_proj_bias" in experts._parameters,
-            is_transposed=transposed,
-            apply_gate=_own_gate(experts),
-        )
-        _share(experts, new, new._parameters)
-        return new.train(experts.training)
+        scheme = _scheme_of(experts.down_proj, experts.down_proj_scale) if scheme is None else scheme
+        new = cls.like(experts, scheme, activation=activation, device="meta")
+        _share(experts, new, new._fp8_names())
+        return new
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         out = torch.zeros_like(hidden_states)
@@ -293,7 +303,7 @@ def can_run(module: nn.Module) -> bool:
         # does not compute what Fp8Linear computes.
         plain = type(module).forward is nn.Linear.forward
         return plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    weights = [name for name, p in module._parameters.items() if p is not None and p.ndim == 3]
+    weights = [n for n, p in module._parameters.items() if p is not None and p.ndim == 3 and not n.endswith("_scale")]
     known = sorted(weights) in (["down_proj", "gate_up_proj"], ["down_proj", "up_proj"])
     gated = hasattr(module, "act_fn") or _own_gate(module) is not None
     return known and gated and not getattr(module, "has_post_expert_norm", False)
@@ -389,7 +399,7 @@ def _own_gate(experts):
 
 
 def _share(old, new, names):
-    for name in list(names):
+    for name in names:
         value = getattr(old, name, None)
         new._parameters[name] = value if value is None or isinstance(value, nn.Parameter) else _frozen(value)
 
