@@ -6,15 +6,21 @@ import os
 import shutil
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows; there two processes must not make the same folder at once
+    fcntl = None
+
 from ..errors import CheckpointError
 from .safetensors_file import TEMPORARY_SUFFIX, sync_folder
 
 PARTIAL_SUFFIX = ".partial"
 _RECORD = ".conversion.json"
+_LOCK = ".lock"
 
 
 class PartialFolder:
-    """Stands for `<dst>.partial` until `commit` renames it to `dst`.
+    """Stands for `<dst>.partial` until `commit` renames it to `dst`. A context manager: one process at a time.
 
     Whoever fills it gives every file its name only when that file is complete, so what has a name there can be kept
     when the work is resumed.
@@ -26,28 +32,42 @@ class PartialFolder:
             is of another identity.
 
     Raises:
-        CheckpointError: `dst` is in use, the partial folder is of something else, or nothing can be written.
+        CheckpointError: `dst` is in use, the partial folder is of something else or of a process that is still
+            running, or nothing can be written.
     """
 
     def __init__(self, dst: Path, identity: str, overwrite: bool = False):
-        self._dst = dst
+        self._dst, self._identity, self._overwrite, self._lock = dst, identity, overwrite, None
         self.path = dst.with_name(dst.name + PARTIAL_SUFFIX)
         if dst.exists() and not dst.is_dir():
             raise CheckpointError(f"{dst} must be a folder, but a file has that name")
         if dst.is_dir() and any(dst.iterdir()) and not overwrite:
             raise CheckpointError(f"{dst} must not exist or be empty; overwrite=True replaces it")
+
+    def __enter__(self):
         try:
-            if self.path.exists() and not self._holds(identity):
-                if not overwrite:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if not self._holds_the_same():
+                if not self._overwrite:
                     raise CheckpointError(
                         f"{self.path} was left by a conversion with other options, of another source or by another "
                         "version; remove it, or start over with overwrite=True"
                     )
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_text(_RECORD, identity)
+                for entry in self.path.iterdir():
+                    if entry.name != _LOCK:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.write_text(_RECORD, self._identity)
         except OSError as error:
+            self._release_lock()
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
+        except BaseException:
+            self._release_lock()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        self._release_lock()
 
     def has(self, name: str) -> bool:
         """Is that file there already, complete?"""
@@ -81,6 +101,7 @@ class PartialFolder:
             for leftover in self.path.glob(f"*.safetensors{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
             (self.path / _RECORD).unlink()
+            (self.path / _LOCK).unlink()
             sync_folder(self.path)
             replaced = None
             if self._dst.is_dir() and any(self._dst.iterdir()):
@@ -99,8 +120,22 @@ class PartialFolder:
         """Leave nothing behind."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _holds(self, identity):
+    def _holds_the_same(self):
         try:
-            return (self.path / _RECORD).read_text(encoding="utf-8") == identity
+            return (self.path / _RECORD).read_text(encoding="utf-8") == self._identity
         except FileNotFoundError:  # stopped before the record had its name; then nothing else has one either
-            return all(entry.name.endswith(TEMPORARY_SUFFIX) for entry in self.path.iterdir())
+            return all(entry.name.endswith((_LOCK, TEMPORARY_SUFFIX)) for entry in self.path.iterdir())
+
+    def _take_lock(self):
+        # The system drops it when the process ends, however it ends.
+        self._lock = open(self.path / _LOCK, "a")
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{self.path} is being written by another process") from error
+
+    def _release_lock(self):
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

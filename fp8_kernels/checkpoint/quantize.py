@@ -72,14 +72,14 @@ def quantize_checkpoint(
     dst = Path(dst)
     if not checkpoint.is_single_file and checkpoint.folder.resolve() in (dst.resolve(), *dst.resolve().parents):
         raise CheckpointError(f"`dst` must lie outside of the source {checkpoint.folder}, got {dst}")
-    folder = PartialFolder(dst, _identity(checkpoint, fmt, items, dtype), overwrite)
-    try:
-        seconds = _write_weights(checkpoint, folder, items, quantizer, stored, progress)
-    except NonFiniteWeightError:
-        folder.discard()  # resuming could only fail again
-        raise
-    _write_the_rest(checkpoint, folder, items, stored, fmt)
-    folder.commit()
+    with PartialFolder(dst, _identity(checkpoint, fmt, items, dtype), overwrite) as folder:
+        try:
+            seconds = _write_weights(checkpoint, folder, items, quantizer, stored, progress)
+        except NonFiniteWeightError:
+            folder.discard()  # resuming could only fail again
+            raise
+        _write_the_rest(checkpoint, folder, items, stored, fmt)
+        folder.commit()
     num_quantized = sum(item.scheme is not None for item in items.values())
     return Report(
         scheme=scheme_name(scheme),
@@ -158,7 +158,10 @@ class Quantizer:
 
     def _shared_amax(self, name, weight):
         """The largest amax of the fused family; each member is read once more at most, in whichever file it is."""
-        family = [member for member in family_of(name) if member in self._items]
+        items = self._items
+        family = [
+            member for member in family_of(name) if member in items and items[member].scheme == items[name].scheme
+        ]
         for member in family:
             if member not in self._shared:  # no name for the other weights, so that one at most is held
                 self._shared[member] = ops.amax(
@@ -196,10 +199,10 @@ def _write_weights(checkpoint, folder, items, quantizer, stored, progress):
                     writer.write(entry, value)
                 seconds["quantize"] += quantized - start
                 seconds["write"] += time.perf_counter() - quantized
+                del tensor, values, value  # before the next one is read
                 done += items[name].bytes_in
                 if progress:
                     progress(done, total, name)
-                del tensor, values, value  # before the next one is read
     return seconds
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import CheckpointError, NonFiniteWeightError
-from ..loading.rules import Rules
+from ..loading.rules import HIGH_PRECISION, Rules
 from .formats import FORMATS, module_of
 from .plan import PlannedTensor
 from .quantize import Quantizer
@@ -168,7 +168,10 @@ def _check_bits(checkpoint, source, fmt, schemes, problems):
         if name not in originals and name not in scales:
             problems.append(f"`{name}` is not in {source.folder}")
     items = {
-        name: PlannedTensor(name, info.shape, info.dtype, schemes.get(name), "") for name, info in originals.items()
+        name: PlannedTensor(
+            name, info.shape, info.dtype, schemes.get(name) if info.dtype in HIGH_PRECISION else None, ""
+        )
+        for name, info in originals.items()
     }
     quantizer = Quantizer(source, items, torch.float8_e4m3fn, "cpu")
     for name, original in originals.items():
@@ -180,6 +183,9 @@ def _check_bits(checkpoint, source, fmt, schemes, problems):
         elif name not in schemes:
             if not _same_bytes(checkpoint.read(name), source.read(name)):
                 problems.append(f"`{name}` differs from its source")
+        elif items[name].scheme is None:
+            dtype = str(original.dtype).removeprefix("torch.")
+            problems.append(f"`{name}` is FP8, but {dtype} in {source.folder}, so there is nothing to compare it with")
         elif fmt.scale_name(name) in metadata:
             q, scale = quantizer.quantize(name, source.read(name))
             num_codes = int((q.view(torch.uint8) != checkpoint.read(name).view(torch.uint8)).sum())

@@ -259,6 +259,20 @@ def test_a_partial_folder_of_something_else_is_not_resumed(tmp_path):
     assert verify_checkpoint(dst, src).ok and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+def test_one_conversion_at_a_time(tmp_path):
+    """A second one into the same folder is refused while the first runs, and the first is not disturbed."""
+    src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+
+    def start_another(done, total, name):
+        for overwrite in (False, True):
+            with pytest.raises(CheckpointError, match="out.partial is being written by another process"):
+                quantize_checkpoint(src, dst, overwrite=overwrite)
+
+    quantize_checkpoint(src, dst, progress=start_another)
+    assert verify_checkpoint(dst, src).ok
+
+
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     """Until the new one is complete the old one stays; an empty one is no obstacle."""
     src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
@@ -349,6 +363,7 @@ def test_unknown_names_are_refused(tmp_path):
     refused(ValueError, "`format` must be one of .*'fp8'.* got 'gguf'", src, tmp_path, format="gguf")
     refused(UnmatchedPatternError, "'lm_haed'", src, tmp_path, ignore=["lm_haed"])
     refused(CheckpointError, "nowhere does not exist", tmp_path / "nowhere", tmp_path)
+    refused(UnsupportedLayoutError, "got float8_e5m2", src, tmp_path, dtype=torch.float8_e5m2)
 
 
 def test_a_folder_inside_of_its_source_is_refused(tmp_path):

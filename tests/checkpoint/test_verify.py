@@ -195,3 +195,10 @@ def test_another_source_is_noticed(folders, tmp_path):
     assert f"`extra.weight` is in {other}, but not here" in problems
     assert "`lm_head.weight` must have the shape of its source, [65, 128], got [64, 128]" in problems
     assert any(problem.startswith(f"`{WEIGHT}`: ") for problem in problems)
+
+
+def test_an_fp8_folder_is_no_source(folders):
+    """There is nothing to quantize afresh; said of each weight."""
+    _, out = folders
+    problems = verify_checkpoint(out, out).problems
+    assert f"`{WEIGHT}` is FP8, but float8_e4m3fn in {out}, so there is nothing to compare it with" in problems
