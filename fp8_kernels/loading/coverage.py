@@ -5,16 +5,39 @@ columns written, disjoint, sorted and maximal, so shards that arrive in order st
 no rectangle (strided rows, an index list, a mask) turns the whole record into one boolean per element, which
 is as exact and merely larger. Neither ever counts writes: what was written twice is there once.
 
-A *region* is a view of the unit as `(offset, sizes, strides)`, in elements.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 
 import torch
 
 Box = tuple[int, int, int, int]  # rows from, to, columns from, to
+
+
+class Region:
+    """A view of a matrix.
+
+    Attributes:
+        offset, sizes, strides: in elements of the matrix.
+        boxes: the rectangles that it is made of; None if it is not made of a few.
+    """
+
+    __slots__ = ("offset", "sizes", "strides", "boxes")
+
+    def __init__(self, shape: tuple[int, int], offset: int, sizes, strides):
+        self.offset, self.sizes, self.strides = offset, sizes, strides
+        self.boxes = boxes_of(shape, offset, sizes, strides)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The view of that contiguous matrix."""
+        return matrix.as_strided(self.sizes, self.strides, self.offset)
 
 
 class Coverage:
@@ -55,6 +78,10 @@ class Coverage:
             self._mask[row0:row1, col0:col1] = True
             return
         bands = self._bands
+        if bands and bands[-1][1] == row0 and bands[-1][2] == ((col0, col1),):  # the next shard in order
+            bands[-1] = bands[-1][0], row1, bands[-1][2]
+            self._covered += (row1 - row0) * (col1 - col0)
+            return
         first, last = self._between(row0, row1)
         new, row = [], row0
         for start, end, columns in bands[first:last]:
@@ -74,14 +101,13 @@ class Coverage:
         self._covered += _area(merged) - _area(bands[low:high])
         bands[low:high] = merged
 
-    def add_region(self, offset: int, sizes, strides):
+    def add(self, region: Region):
         """Mark every element of a view as written."""
-        boxes = boxes_of(self.shape, offset, sizes, strides)
-        if boxes is None:
-            self.mask().as_strided(sizes, strides, offset).fill_(True)
+        if region.boxes is None:
+            region.of(self.mask()).fill_(True)
             self._forget_padding()
         else:
-            for box in boxes:
+            for box in region.boxes:
                 self.add_box(box)
 
     def add_mask(self, written: torch.Tensor):
@@ -89,13 +115,12 @@ class Coverage:
         self.mask().logical_or_(written)
         self._forget_padding()
 
-    def overlap(self, offset: int, sizes, strides) -> int:
+    def overlap(self, region: Region) -> int:
         """How many logical elements of a view have been written already."""
-        boxes = boxes_of(self.shape, offset, sizes, strides)
-        if boxes is None or self._mask is not None:
-            return int(self.mask().as_strided(sizes, strides, offset).sum())
+        if region.boxes is None or self._mask is not None:
+            return int(region.of(self.mask()).sum()) if self._bands or self._mask is not None else 0
         count = 0
-        for row0, row1, col0, col1 in map(self._clip, boxes):
+        for row0, row1, col0, col1 in map(self._clip, region.boxes):
             first, last = self._between(row0, row1)
             for start, end, columns in self._bands[first:last]:
                 width = sum(max(min(b, col1) - max(a, col0), 0) for a, b in columns)
@@ -142,6 +167,8 @@ class Coverage:
 
     def _between(self, row0, row1):
         """The bands [first, last) that have rows in row0:row1."""
+        if not self._bands or self._bands[-1][1] <= row0:
+            return len(self._bands), len(self._bands)
         return bisect_right(self._bands, row0, key=lambda b: b[1]), bisect_left(self._bands, row1, key=lambda b: b[0])
 
     def _as_bands(self):
@@ -186,6 +213,8 @@ def canonical(sizes, strides) -> list[tuple[int, int]] | None:
 
     Transposed, reshaped and sliced views of the same elements have the same form.
     """
+    if len(sizes) == 2 and strides[1] == 1 and sizes[1] > 1 < sizes[0] and sizes[1] < strides[0]:
+        return [(sizes[0], strides[0]), (sizes[1], 1)]  # rows of a matrix, the usual case
     dims: list[tuple[int, int]] = []
     for stride, size in sorted(zip(strides, sizes, strict=True), reverse=True):
         if size == 0:

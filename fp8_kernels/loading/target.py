@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ..errors import LoadError
-from .coverage import boxes_of, canonical
+from .coverage import Box, Region, canonical
 from .staging import Tracked, Unit
 
 
-@dataclass(eq=False)
 class Target:
-    """A tensor argument whose storage is tracked."""
+    """A tensor argument whose storage is tracked.
 
-    tensor: torch.Tensor
-    tracked: Tracked
-    itemsize: int
-    written: bool
+    Attributes:
+        tensor: the argument; on meta, or the tensor itself where it passes through.
+        written: does the op write it?
+        units: those it has elements in, after `locate`; none if it has no elements.
+        region: its elements in the unit, where it is one.
+        offset, sizes, strides: the view in elements of the parameter, from the start of its first unit.
+    """
+
+    __slots__ = ("tensor", "tracked", "itemsize", "written", "units", "region", "offset", "sizes", "strides", "first")
+
+    def __init__(self, tensor: torch.Tensor, tracked: Tracked, itemsize: int, written: bool):
+        self.tensor, self.tracked, self.itemsize, self.written = tensor, tracked, itemsize, written
 
     def locate(self):
-        """Find the region, and the units [first, last] it lies in; none if the region is empty."""
-        self.offset, self.sizes, self.strides = self.tracked.region(self.tensor, self.itemsize)
-        dims = canonical(self.sizes, self.strides)
-        numel = self.tracked.unit_numel
-        if dims is None or not numel:
-            self.first, self.last = 0, -1
-            return self
-        end = self.offset + sum((size - 1) * stride for size, stride in dims)
-        self.first, self.last = self.offset // numel, end // numel
-        if self.offset < 0 or self.last >= len(self.tracked.units):
-            raise LoadError(f"a write of elements {self.offset}..{end} is not inside `{self.tracked.entry.name}`")
-        self.offset -= self.first * numel
-        return self
+        """Find the elements.
 
-    @property
-    def units(self) -> list[Unit]:
-        return self.tracked.units[self.first : self.last + 1]
+        Raises:
+            LoadError: the view cuts elements in two, or reaches beyond the parameter.
+        """
+        offset, self.sizes, self.strides = self.tracked.region(self.tensor, self.itemsize)
+        dims, numel, units = canonical(self.sizes, self.strides), self.tracked.unit_numel, self.tracked.units
+        self.offset, self.first, self.units, self.region = 0, 0, [], None
+        if dims is None or not numel:
+            return
+        end = offset + sum((size - 1) * stride for size, stride in dims)
+        if offset < 0 or end >= numel * len(units):
+            raise LoadError(f"a view of elements {offset}..{end} is not inside `{self.tracked.entry.name}`")
+        self.first, last = offset // numel, end // numel
+        self.offset = offset - self.first * numel
+        self.units = units[self.first : last + 1]
+        if self.first == last:
+            self.region = Region(self.tracked.unit_shape, self.offset, self.sizes, self.strides)
 
     @property
     def in_elements(self) -> bool:
@@ -46,38 +52,42 @@ class Target:
             self.tracked.installed and self.tensor.dtype == self.tracked.entry.fp8_dtype
         )
 
+    @property
+    def tied(self) -> bool:
+        """Has the parameter several names?"""
+        return len(self.tracked.entry.places) > 1
+
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The same view of real memory that begins where the first unit does."""
-        if not self.tracked.entry.scheme:
-            return self.tensor
+        entry, t = self.tracked.entry, self.tensor
+        if not entry.scheme:
+            return t
         if self.in_elements:
             return buffer.as_strided(self.sizes, self.strides, self.offset)
-        name, t = self.tracked.entry.name, self.tensor
-        if buffer.dtype != self.tracked.entry.dtype:
+        if buffer.dtype != entry.dtype:
             raise LoadError(
-                f"`{name}` is held in {buffer.dtype}, as its data arrived, and cannot be seen as {t.dtype}: copy its "
-                f"data as {self.tracked.entry.dtype}, or without changing the parameter's dtype"
+                f"`{entry.name}` is held in {buffer.dtype}, as its data arrived, and cannot be seen as {t.dtype}: copy "
+                f"its data as {entry.dtype}, or without changing the parameter's dtype"
             )
         offset = self.offset * buffer.element_size()
         if offset % t.element_size():
-            raise LoadError(f"`{name}` cannot be seen as {t.dtype} from byte {offset} on")
+            raise LoadError(f"`{entry.name}` cannot be seen as {t.dtype} from byte {offset} on")
         flat = torch.empty(0, dtype=t.dtype, device=buffer.device)
         return flat.set_(buffer.untyped_storage(), offset // t.element_size(), t.shape, t.stride())
 
     def __str__(self):
         """Where it is, in the model's names."""
-        if self.first != self.last:
-            return f"{self.tracked.entry.name}[{self.first}:{self.last + 1}]"
-        unit = self.tracked.units[self.first]
-        boxes = boxes_of(unit.shape, self.offset, self.sizes, self.strides)
-        if boxes is None:
+        if self.region is None:
+            return f"{self.tracked.entry.name}[{self.first}:{self.first + len(self.units)}]"
+        unit: Unit = self.units[0]
+        if self.region.boxes is None:
             return f"{unit}, a part"
-        if boxes == [(0, unit.shape[0], 0, unit.shape[1])]:
+        if self.region.boxes == [(0, unit.shape[0], 0, unit.shape[1])]:
             return str(unit)
-        return f"{unit} {'; '.join(describe(box, unit.shape) for box in boxes)}"
+        return f"{unit} {'; '.join(describe(box, unit.shape) for box in self.region.boxes)}"
 
 
-def describe(box, shape) -> str:
+def describe(box: Box, shape: tuple[int, int]) -> str:
     """A rectangle of a matrix, for people."""
     row0, row1, col0, col1 = box
     rows = "all rows" if (row0, row1) == (0, shape[0]) else f"rows {row0}:{row1} of {shape[0]}"

@@ -7,7 +7,6 @@ one op writes several at once.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,6 @@ import torch
 
 from ..errors import ConflictingShardError, LoadError
 from ..ops import FP8_DTYPES
-from .coverage import boxes_of
 from .op_info import OpInfo, op_info
 from .report import Report
 from .staging import COMPARE_ELEMENTS, Staging, Tracked, Unit
@@ -189,6 +187,10 @@ class Writes:
 
     def _call(self, func, args, kwargs, targets, buffers):
         """The op, with real views in the place of the tracked tensors."""
+        if func is torch.ops.aten.copy_.default and len(targets) == 1 and targets[0].written:  # by far the commonest
+            with _named(func, targets):
+                func(targets[0].view(buffers[0]), *args[1:], **kwargs)
+            return args[0]
         views = {id(t.tensor): t.view(b) for t, b in zip(targets, buffers, strict=True)}
         originals = {id(v): t.tensor for t in targets if (v := views[id(t.tensor)]) is not t.tensor}
         staged = bool(originals)
@@ -212,13 +214,8 @@ class Writes:
             return x
 
         args, kwargs = real(args), {key: real(value) for key, value in kwargs.items()}
-        try:
+        with _named(func, targets):
             result = func(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            names = ", ".join(f"`{t.tracked.entry.name}`" for t in targets)
-            raise RuntimeError(f"{func} on {names}: {error}") from error
         for target in targets:
             if target.written and views[id(target.tensor)].shape != target.tensor.shape:
                 raise LoadError(
@@ -261,13 +258,12 @@ class Writes:
         if len(target.units) != 1:
             return None
         (unit,) = target.units
-        count = unit.coverage.overlap(target.offset, target.sizes, target.strides)
+        count = unit.coverage.overlap(target.region)
         if not count:
             return None
-        if not self._changes(target, unit, info, args, whole=count == math.prod(target.sizes)):
+        if not self._changes(target, unit, info, args, whole=count == target.region.numel):
             return self.report.duplicates
-        tied = len(target.tracked.entry.names) > 1
-        if tied and info.replaces(args, kwargs) and unit.coverage.complete and not unit.read_since_write:
+        if target.tied and info.replaces(args, kwargs) and unit.coverage.complete and not unit.read_since_write:
             raise ConflictingShardError(
                 f"{target}: other values arrived before; it is one tensor under the names "
                 f"{', '.join(f'`{name}`' for name in target.tracked.entry.names)}"
@@ -286,7 +282,7 @@ class Writes:
         if not whole and view.shape != target.sizes:
             return True
         value = value.expand(view.shape)
-        written = None if whole else _same_view(target, unit.coverage.as_mask())
+        written = None if whole else target.region.of(unit.coverage.as_mask())
         if not view.ndim:
             view, value = view[None], value[None]
             written = written if written is None else written[None]
@@ -306,7 +302,7 @@ class Writes:
         self.report.bytes_in += t.numel() * source.element_size()
         if len(target.units) == 1 and info.mark is None:
             (unit,) = target.units
-            unit.coverage.add_region(target.offset, target.sizes, target.strides)
+            unit.coverage.add(target.region)
         elif target.units:
             written = self._written_mask(target, info, args)
             for i, unit in enumerate(target.units):
@@ -327,7 +323,7 @@ class Writes:
         """Bool `[units, N, K]`: the elements that the op has written."""
         unit = target.units[0]
         written = torch.zeros((len(target.units), *unit.shape), dtype=torch.bool, device=self.device)
-        view = _same_view(target, written)
+        view = written.as_strided(target.sizes, target.strides, target.offset)
         if info.mark is None:
             view.fill_(True)
         elif view.shape != target.tensor.shape:
@@ -350,7 +346,7 @@ class Writes:
         buffers = [values if t is target else self._readable(t) for t in targets]
         result = self._call(func, args, kwargs, targets, buffers)
         self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
-        boxes = boxes_of(unit.shape, target.offset, target.sizes, target.strides)
+        boxes = target.region.boxes
         mask = None if boxes is not None and info.mark is None else self._written_mask(target, info, args)[0]
         same = unit.same_codes(values, boxes if mask is None else None, mask)
         self.staging.release(values)
@@ -423,9 +419,21 @@ def _source_dtype(target, info, args):
     return args[1].dtype if args[1].is_floating_point() else None
 
 
-def _same_view(target, of_units):
-    """The target's elements in a contiguous tensor that covers its units."""
-    return of_units.as_strided(target.sizes, target.strides, target.offset)
+class _named:
+    """Errors of torch inside it name the parameters."""
+
+    __slots__ = ("func", "targets")
+
+    def __init__(self, func, targets):
+        self.func, self.targets = func, targets
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and issubclass(kind, RuntimeError) and kind is not torch.OutOfMemoryError:
+            names = ", ".join(f"`{t.tracked.entry.name}`" for t in self.targets)
+            raise RuntimeError(f"{self.func} on {names}: {error}") from error
 
 
 def _tensors(args):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8_kernels.loading.coverage import Coverage, boxes_of, canonical
+from fp8_kernels.loading.coverage import Coverage, Region, boxes_of, canonical
 
 SIDES = st.integers(1, 9)
 
@@ -64,7 +64,7 @@ def test_boxes_equal_the_mask_oracle(load, masked_from):
             coverage.mask()
         region = torch.zeros(shape)[box[0] : box[1], box[2] : box[3]]
         seen = oracle[: logical[0], : logical[1]][box[0] : box[1], box[2] : box[3]].sum()
-        assert coverage.overlap(region.storage_offset(), region.shape, region.stride()) == seen
+        assert coverage.overlap(Region(shape, region.storage_offset(), region.shape, region.stride())) == seen
         coverage.add_box(box)
         _paint(oracle, box)
         wanted = oracle[: logical[0], : logical[1]]
@@ -84,10 +84,10 @@ def test_a_view_marks_exactly_its_elements(case):
     oracle = torch.zeros(shape, dtype=torch.bool)
     oracle.as_strided(sizes, strides, offset).fill_(True)
     coverage = Coverage(shape)
-    assert coverage.overlap(offset, sizes, strides) == 0
-    coverage.add_region(offset, sizes, strides)
+    assert coverage.overlap(Region(shape, offset, sizes, strides)) == 0
+    coverage.add(Region(shape, offset, sizes, strides))
     assert torch.equal(coverage.mask(), oracle)
-    assert coverage.overlap(offset, sizes, strides) == oracle.sum()
+    assert coverage.overlap(Region(shape, offset, sizes, strides)) == oracle.sum()
     boxes = boxes_of(shape, offset, sizes, strides)
     if boxes is not None:
         painted = torch.zeros(shape, dtype=torch.bool)
@@ -127,7 +127,7 @@ def test_zero_size_is_complete_from_the_start(shape):
     """Nothing to write means nothing is missing."""
     coverage = Coverage(shape)
     assert coverage.complete and coverage.missing() == []
-    coverage.add_region(0, shape, (max(shape[1], 1), 1))
+    coverage.add(Region(shape, 0, shape, (max(shape[1], 1), 1)))
     assert coverage.complete
 
 
