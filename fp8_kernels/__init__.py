@@ -1,19 +1,51 @@
 """Quantize a model to FP8 while its weights load."""
 
+from .checkpoint import open_checkpoint, quantize_checkpoint, verify_checkpoint
+from .errors import (
+    CheckpointError,
+    ConflictingShardError,
+    IncompleteLoadError,
+    LoadError,
+    NonFiniteWeightError,
+    UnmatchedPatternError,
+    UnsupportedLayoutError,
+)
+from .load import load_checkpoint, load_model
+from .loading import LayerwiseLoader, Plan, Report, make_plan
+from .modules import Fp8Experts, Fp8Linear, make_runnable
 from .ops import amax, available_backends, dequantize, quantize
 from .schemes import PerBlock, PerChannel, PerGroup, PerTensor, Scheme, mxfp8
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "ConflictingShardError",
+    "Fp8Experts",
+    "Fp8Linear",
+    "IncompleteLoadError",
+    "LayerwiseLoader",
+    "LoadError",
+    "NonFiniteWeightError",
     "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "Plan",
+    "Report",
     "Scheme",
+    "UnmatchedPatternError",
+    "UnsupportedLayoutError",
     "amax",
     "available_backends",
     "dequantize",
+    "load_checkpoint",
+    "load_model",
+    "make_plan",
+    "make_runnable",
     "mxfp8",
+    "open_checkpoint",
     "quantize",
+    "quantize_checkpoint",
+    "verify_checkpoint",
 ]
