@@ -24,8 +24,12 @@ CHOICES = [("per_channel", "compressed-tensors"), ("per_tensor", "compressed-ten
 
 
 def run(program, *args):
+    """A program in a process of its own; one thread, since threads that wait for each other starve on a busy host."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, args)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
