@@ -25,6 +25,7 @@ PARTIAL: dict[str, Callable] = {
     "masked_fill_": lambda mark, mask, *_: mark.masked_fill_(mask.to(mark.device), True),
     "masked_scatter_": lambda mark, mask, *_: mark.masked_fill_(mask.to(mark.device), True),
     "put_": lambda mark, index, *_: mark.put_(index.to(mark.device), torch.ones_like(index, dtype=torch.bool)),
+    "embedding_renorm_": lambda mark, index, *_: mark.index_fill_(0, index.flatten().to(mark.device), True),
     "fill_diagonal_": lambda mark, value, wrap=False: mark.fill_diagonal_(True, wrap),
 }
 # In-place ops whose result does not depend on what was there before, where they write.
@@ -47,6 +48,7 @@ class OpInfo:
     is_view: it reads and writes no element: views, and changes of shape in place.
     is_like: it makes a new tensor after the shape of an argument.
     mark: for an op that writes only a part of its first argument; else None.
+    is_copy: it is `copy_`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class OpInfo:
     is_view: bool
     is_like: bool
     mark: Callable | None
+    is_copy: bool
 
     @property
     def writes(self) -> bool:
@@ -74,9 +77,11 @@ class OpInfo:
 
 def op_info(func) -> OpInfo | None:
     """What the op does; None for what has no schema. Constant time after the first call."""
-    if func not in _CACHE:
-        _CACHE[func] = _analyse(func) if isinstance(func, torch._ops.OpOverload) else None
-    return _CACHE[func]
+    try:
+        return _CACHE[func]
+    except KeyError:
+        info = _CACHE[func] = _analyse(func) if isinstance(func, torch._ops.OpOverload) else None
+        return info
 
 
 _CACHE: dict[object, OpInfo | None] = {}
@@ -103,6 +108,7 @@ def _analyse(func):
         is_view=in_place_view or (aliases and not written_args and not written_kwargs),
         is_like=namespace == "aten" and name in _LIKE,
         mark=PARTIAL.get(name) if namespace == "aten" and not written_kwargs else None,
+        is_copy=func is torch.ops.aten.copy_.default,
     )
 
 

@@ -185,7 +185,8 @@ class Plan:
         rows = [("tensor", "count", "shape", "becomes", "size")]
         kinds: dict[tuple, list[Entry]] = {}
         for e in self.entries:
-            kinds.setdefault((re.sub(r"\d+", "*", e.name), e.shape, e.dtype, e.scheme, e.why), []).append(e)
+            kind = re.sub(r"(?<![^.])\d+(?=\.)", "*", e.name)  # numbers between dots: layers, experts
+            kinds.setdefault((kind, e.shape, e.dtype, e.scheme, e.why), []).append(e)
         for (name, shape, dtype, scheme, why), members in kinds.items():
             becomes = f"FP8 {scheme_name(scheme)}" if scheme else f"{_short(dtype)} ({why})"
             size = size_text(sum(e.bytes_out for e in members))

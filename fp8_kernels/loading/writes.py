@@ -112,7 +112,7 @@ class Writes:
         written = [t for t in targets if t.written]
         if not written:
             buffers = [self._readable(t) for t in targets]
-            result = self._call(func, args, kwargs, targets, buffers)
+            result = self._call(func, info, args, kwargs, targets, buffers)
             self._release(targets, buffers)
             return result
         self._refuse(info, args, kwargs, targets)
@@ -125,10 +125,11 @@ class Writes:
         quantized = [t for t in written if t.tracked.entry.scheme]
         if any(unit.final for t in quantized for unit in t.units):
             return self._verify(func, info, args, kwargs, targets)
-        self._let_go([unit for t in quantized for unit in t.units])
+        if quantized:  # what this op reads is let go after it
+            self._let_go([unit for t in targets for unit in t.units])
         before = [self._before(t, info, args, kwargs) for t in written]
-        buffers = [self._writable(t, info, args, kwargs) if t.written else self._readable(t) for t in targets]
-        result = self._call(func, args, kwargs, targets, buffers)
+        buffers = [self._writable(t, info, args, kwargs, targets) if t.written else self._readable(t) for t in targets]
+        result = self._call(func, info, args, kwargs, targets, buffers)
         completed = []
         for target, seen in zip(written, before, strict=True):
             if seen is not None:
@@ -155,14 +156,14 @@ class Writes:
             unit.read_since_write = True
         return self._gather(target)
 
-    def _writable(self, target, info, args, kwargs):
+    def _writable(self, target, info, args, kwargs, targets):
         """Real memory for an op to write into."""
         if not target.tracked.entry.scheme:
             return target.tensor
         for unit in target.units:
             if not info.replaces(args, kwargs):
                 unit.zero_gaps()
-            unit.open(_source_dtype(target, info, args))
+            unit.open(_source_dtype(target, info, args, targets))
         return self._gather(target)
 
     def _gather(self, target):
@@ -185,9 +186,9 @@ class Writes:
             if len(target.units) > 1:
                 self.staging.release(buffer)
 
-    def _call(self, func, args, kwargs, targets, buffers):
+    def _call(self, func, info, args, kwargs, targets, buffers):
         """The op, with real views in the place of the tracked tensors."""
-        if func is torch.ops.aten.copy_.default and len(targets) == 1 and targets[0].written:  # by far the commonest
+        if info.is_copy and len(targets) == 1 and targets[0].written:  # by far the commonest
             with _named(func, targets):
                 func(targets[0].view(buffers[0]), *args[1:], **kwargs)
             return args[0]
@@ -196,13 +197,12 @@ class Writes:
         staged = bool(originals)
         written = {id(views[id(t.tensor)]) for t in targets if t.written}
         wide = {t.tracked.entry.dtype: b.dtype for t, b in zip(targets, buffers, strict=True) if t.in_elements}
-        copies = func is torch.ops.aten.copy_.default
 
         def real(x):
             if isinstance(x, torch.Tensor):
                 if id(x) in views:
                     return views[id(x)]
-                if staged and not copies and not x.is_meta:
+                if staged and not info.is_copy and not x.is_meta:
                     # The engine saw the meta device and could not know where the data is, nor in what width.
                     if x.ndim and x.device != self.device:
                         x = x.to(self.device)
@@ -232,26 +232,27 @@ class Writes:
 
     def _refuse(self, info, args, kwargs, targets):
         """Raise for data that cannot become a weight."""
-        names = ", ".join(f"`{t.tracked.entry.name}`" for t in targets if t.written)
-        known = {id(t.tensor) for t in targets}
-        for x in _tensors((args, *kwargs.values())):
-            if x.is_meta and id(x) not in known:
-                raise LoadError(f"{names}: a tensor on the meta device holds no data to load ({info.name})")
-        if info.name != "copy_":
+        if len(targets) > 1 or not info.is_copy or not isinstance(args[1], torch.Tensor) or args[1].is_meta:
+            known = {id(t.tensor) for t in targets}
+            if any(x.is_meta and id(x) not in known for x in _tensors((args, *kwargs.values()))):
+                raise LoadError(f"{_names(targets)}: a tensor on the meta device holds no data to load ({info.name})")
+        if not info.is_copy:
             return
         target, source = next(t for t in targets if t.written), args[1]
         if not isinstance(source, torch.Tensor):  # a number
             return
-        into, dtype = target.tensor.dtype, source.dtype
+        into, dtype, scheme = target.tensor.dtype, source.dtype, target.tracked.entry.scheme
+        if into == dtype and scheme and into == target.tracked.entry.dtype:
+            return
         if not target.in_elements:
             if dtype != into:
-                raise LoadError(f"{names}: a view as {into} must be written with {into}, got {dtype}")
-        elif target.tracked.entry.scheme and not dtype.is_floating_point and source.ndim:
-            raise LoadError(f"{names} must be loaded from floating-point data, got {dtype}")
-        elif target.tracked.entry.scheme and dtype.itemsize == 1 and source.ndim:
-            raise LoadError(f"{names} must be loaded from high precision, got {dtype} without its scale")
-        elif into in FP8_DTYPES and dtype != into and not target.tracked.entry.scheme:
-            raise LoadError(f"{names} is {into}: a cast from {dtype} would drop the scale; quantize it")
+                raise LoadError(f"{_names(targets)}: a view as {into} must be written with {into}, got {dtype}")
+        elif scheme and not dtype.is_floating_point and source.ndim:
+            raise LoadError(f"{_names(targets)} must be loaded from floating-point data, got {dtype}")
+        elif scheme and dtype.itemsize == 1 and source.ndim:
+            raise LoadError(f"{_names(targets)} must be loaded from high precision, got {dtype} without its scale")
+        elif into in FP8_DTYPES and dtype != into and not scheme:
+            raise LoadError(f"{_names(targets)} is {into}: a cast from {dtype} would drop the scale; quantize it")
 
     def _before(self, target, info, args, kwargs):
         """The list of the report that this write belongs on, if its elements were written before."""
@@ -296,10 +297,7 @@ class Writes:
 
     def _record(self, target, info, args, buffer):
         """Note what a write has written; returns the quantized units that are complete now."""
-        t = target.tensor
-        source = args[1] if info.name == "copy_" and isinstance(args[1], torch.Tensor) else t
-        self.report.shards += 1
-        self.report.bytes_in += t.numel() * source.element_size()
+        self._count(target, info, args)
         if len(target.units) == 1 and info.mark is None:
             (unit,) = target.units
             unit.coverage.add(target.region)
@@ -318,6 +316,11 @@ class Writes:
                 else:
                     completed.append(unit)
         return completed
+
+    def _count(self, target, info, args):
+        source = args[1] if info.is_copy and isinstance(args[1], torch.Tensor) else target.tensor
+        self.report.shards += 1
+        self.report.bytes_in += target.tensor.numel() * source.element_size()
 
     def _written_mask(self, target, info, args):
         """Bool `[units, N, K]`: the elements that the op has written."""
@@ -342,9 +345,9 @@ class Writes:
             raise LoadError(f"{target} is quantized already; {info.name} cannot change it")
         (unit,) = target.units
         self._let_go([unit])
-        values = self.staging.empty(unit.shape, unit.dtype_for(_source_dtype(target, info, args)))
+        values = self.staging.empty(unit.shape, unit.dtype_for(_source_dtype(target, info, args, targets)))
         buffers = [values if t is target else self._readable(t) for t in targets]
-        result = self._call(func, args, kwargs, targets, buffers)
+        result = self._call(func, info, args, kwargs, targets, buffers)
         self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
         boxes = target.region.boxes
         mask = None if boxes is not None and info.mark is None else self._written_mask(target, info, args)[0]
@@ -352,6 +355,7 @@ class Writes:
         self.staging.release(values)
         if not same:
             raise ConflictingShardError(f"{target}: it is quantized already, and other values arrived now")
+        self._count(target, info, args)
         self.report.duplicates.append(str(target))
         return result
 
@@ -412,10 +416,13 @@ def _split(args, target):
     return [(part, part_source, *args[2:])[: len(args)] for part, part_source in parts]
 
 
-def _source_dtype(target, info, args):
+def _source_dtype(target, info, args, targets):
     """The dtype of floating-point data that is copied into elements; None for everything else."""
-    if info.name != "copy_" or not target.in_elements or not isinstance(args[1], torch.Tensor):
+    if not info.is_copy or not target.in_elements or not isinstance(args[1], torch.Tensor):
         return None
+    for source in targets:
+        if source.tensor is args[1] and source.tracked.entry.scheme and source.units:
+            return source.units[0].dtype_for()  # as it is held, not as the engine sees it
     return args[1].dtype if args[1].is_floating_point() else None
 
 
@@ -432,8 +439,12 @@ class _named:
 
     def __exit__(self, kind, error, traceback):
         if kind is not None and issubclass(kind, RuntimeError) and kind is not torch.OutOfMemoryError:
-            names = ", ".join(f"`{t.tracked.entry.name}`" for t in self.targets)
-            raise RuntimeError(f"{self.func} on {names}: {error}") from error
+            raise RuntimeError(f"{self.func} on {_names(self.targets)}: {error}") from error
+
+
+def _names(targets):
+    """The parameters that an op writes, or else reads."""
+    return ", ".join(f"`{t.tracked.entry.name}`" for t in [t for t in targets if t.written] or targets)
 
 
 def _tensors(args):

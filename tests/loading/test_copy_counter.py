@@ -1,0 +1,266 @@
+"""The dispatch mode: which ops it carries out on real memory, and that it leaves every other op alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from fp8_kernels.errors import LoadError
+from fp8_kernels.loading import LayerwiseLoader
+from fp8_kernels.loading.op_info import op_info
+
+from .helpers import Model, assert_quantized, load, values
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("op", "written"),
+    [
+        (aten.copy_.default, ((0,), ())),
+        (aten.add_.Tensor, ((0,), ())),
+        (aten.index_put_.default, ((0,), ())),
+        (aten.stack.out, ((), ("out",))),
+        (aten.max.dim_max, ((), ("max", "max_values"))),
+        (aten._foreach_add_.List, ((0,), ())),
+        (aten.add.Tensor, ((), ())),
+        (aten.view.default, ((), ())),
+    ],
+)
+def test_schema_says_what_is_written(op, written):
+    """Written arguments are found from the schema: in place, out=, several outputs, lists, none."""
+    info = op_info(op)
+    assert (info.written_args, info.written_kwargs) == written
+    assert info.writes == any(written)
+
+
+@pytest.mark.parametrize(
+    "op", [aten.view.default, aten.t.default, aten.split.Tensor, aten.detach.default, aten.t_.default, aten.view.dtype]
+)
+def test_views_read_nothing(op):
+    """Views, and shape changes in place, touch no element."""
+    assert op_info(op).is_view
+
+
+def test_every_in_place_op_that_writes_a_part_is_known():
+    """All in-place ops of torch that take an index or a mask are listed as writing a part: a new one that is not
+    would count as a write of everything."""
+    from fp8_kernels.loading.op_info import PARTIAL
+
+    words = {"index", "indices", "mask"}
+    found = set()
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        if namespace != "aten" or not packet.endswith("_") or packet.startswith("__"):
+            continue
+        op = getattr(getattr(aten, packet), overload or "default")
+        arguments = {a.name for a in op._schema.arguments}
+        if op_info(op).writes and not op_info(op).is_view and arguments & words:
+            found.add(packet)
+    sparse_or_inner = {"_index_put_impl_"}
+    assert found - sparse_or_inner <= set(PARTIAL), found - set(PARTIAL)
+
+
+READS = {
+    "sum": lambda p: p.sum().item(),
+    "item": lambda p: p[2, 3].item(),
+    "tolist": lambda p: p[1].tolist(),
+    "equal": lambda p: torch.equal(p, p.clone()),
+    "to_float": lambda p: p.float().sum().item(),
+    "cpu": lambda p: p.cpu().sum().item(),
+    "numpy_of_copy": lambda p: p.float().cpu().numpy().sum(),
+    "bool": lambda p: bool((p != 0).any()),
+    "transposed": lambda p: (p.t() @ p).sum().item(),
+    "masked_select": lambda p: p[p > 0].sum().item(),
+    "list_index": lambda p: p[[0, 2]].sum().item(),
+    "array_index": lambda p: p[np.array([0, 2]), 1:].sum().item(),
+    "max": lambda p: p.max(dim=0).indices.tolist(),
+    "cat": lambda p: torch.cat([p, p[:1]]).sum().item(),
+    "str": lambda p: str(p.clone()),
+    "deepcopy": lambda p: p.clone().view(torch.int16).sum().item(),
+    "dtype_view": lambda p: p.view(torch.int16).sum().item(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_reads_see_what_was_written(read):
+    """Every kind of read gives what it gives on a real parameter that received the same writes."""
+    w, seen = values(6, 36), []
+
+    def loading(params):
+        p = params["fc.weight"].data
+        p.zero_()
+        p[:, :30].copy_(w[:, :30])
+        seen.append(READS[read](p))
+
+    load(Model(fc=(6, 36)), loading)
+    loading({"fc.weight": torch.empty(6, 36).bfloat16()})
+    assert seen[0] == seen[1]
+
+
+VIEWS = {
+    "flat": lambda p: p.view(-1)[77:803],
+    "transposed": lambda p: p.transpose(1, 2),
+    "stacked_rows": lambda p: p.view(30, 36)[4:27],
+    "columns_of_stacked_rows": lambda p: p.view(30, 36)[4:27, 3:30],
+    "sliced": lambda p: p[1:4, 2:5, 7:],
+    "every_other_expert": lambda p: p[::2],
+    "one_element_each": lambda p: p[:, 3, 35],
+}
+WRITES = {
+    "copy_": lambda v, source: v.copy_(source),
+    "broadcast": lambda v, source: v.copy_(source.flatten()[0]),
+    "fp32": lambda v, source: v.copy_(source.float()),
+    "fill_tensor": lambda v, source: v.fill_(torch.tensor(2.0)),
+    "add_": lambda v, source: v.add_(source),
+    "out": lambda v, source: torch.add(source, source, out=v),
+    "masked_fill_": lambda v, source: v.masked_fill_(source > 0, 3.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_writes_over_several_experts(view, write):
+    """A write to a view that spans experts writes what it writes on a real tensor: the experts that it completes
+    are verified, and those that it leaves open are rewritten with no change."""
+    model, real = Model(experts=(5, 6, 36)), torch.zeros(5, 6, 36).bfloat16()
+    source = torch.randn(VIEWS[view](real).shape).bfloat16()
+    WRITES[write](VIEWS[view](real), source)
+
+    def loading(params):
+        p = params["experts.weight"].data
+        WRITES[write](VIEWS[view](p), source)
+        for expert, wanted in zip(p, real, strict=True):
+            expert.copy_(wanted)
+
+    loader = load(model, loading)
+    assert_quantized(model, "experts.weight", real)
+    assert loader.report.rewrites == []
+    assert len(loader.report.duplicates) >= 2
+
+
+def test_a_write_of_several_weights_at_once():
+    """One op that writes several weights, some by half: each is recorded for itself."""
+    model, w = Model(a=(6, 36), b=(6, 36)), values(6, 36)
+
+    def loading(params):
+        a, b = params["a.weight"].data, params["b.weight"].data
+        torch._foreach_add_([a, b[:3]], [w, w[:3]])
+        torch._foreach_add_([b[3:]], [w[3:]])
+
+    load(model, loading)
+    assert_quantized(model, "a.weight", w)
+    assert_quantized(model, "b.weight", w)
+
+    def two_outputs(params):
+        torch.frexp(w.float(), out=(params["values_.weight"].data, torch.empty(6, 36, dtype=torch.int32)))
+        params["other.weight"].data.copy_(params["values_.weight"].data)
+
+    model = Model(values_=(6, 36), other=(6, 36), dtype=torch.float32)
+    load(model, two_outputs)
+    assert_quantized(model, "values_.weight", torch.frexp(w.float()).mantissa)
+    assert_quantized(model, "other.weight", torch.frexp(w.float()).mantissa)
+
+
+def test_copy_of_a_weight_that_waits_in_fp32():
+    """Copying one tracked weight to another does not round what the first holds in fp32."""
+    model, w = Model(a=(6, 36), b=(6, 36)), values(6, 36, dtype=torch.float32)
+
+    def loading(params):
+        params["a.weight"].data[:5].copy_(w[:5])
+        params["b.weight"].data[:5].copy_(params["a.weight"].data[:5])
+        params["a.weight"].data[5].copy_(w[5])
+        params["b.weight"].data[5].copy_(w[5])
+
+    load(model, loading)
+    assert_quantized(model, "a.weight", w)
+    assert_quantized(model, "b.weight", w)
+
+
+def test_other_tensors_are_left_alone():
+    """Inside the context, tensors that are no parameters behave as outside: real ones, new ones, meta ones."""
+    with LayerwiseLoader(Model(fc=(6, 36)), device="cpu") as loader:
+        loader.model.fc.weight.data.zero_()
+        x = torch.arange(6.0)
+        x[[0, 2]] = 5
+        x.add_(1).mul_(2)
+        meta = torch.empty(3, 4, device="meta")
+        meta.fill_(1)
+        meta[0] = 2.0
+        meta[[0, 1]] = 3.0
+        assert meta.is_meta and (meta + 1).is_meta and meta.to(torch.float16).is_meta
+        assert torch.empty_like(meta).is_meta and torch.zeros(3, device="meta").is_meta
+        layer = torch.nn.Linear(3, 4, device="meta")
+        assert layer.weight.is_meta
+    assert x.tolist() == [12, 4, 12, 8, 10, 12]
+    assert loader.report.shards == 1
+
+
+def test_new_tensors_like_a_weight_are_real():
+    """Scratch that an engine makes after its parameter can hold data."""
+
+    def loading(params):
+        p = params["fc.weight"]
+        made = [torch.zeros_like(p), torch.ones_like(p.data), p.new_zeros(3), p.data.new_full((2,), 7.0)]
+        made += [p.new_tensor([1.0, 2.0]), torch.tensor([1.0], device=p.device), p.data.to(torch.float32)]
+        assert all(t.device.type == "cpu" for t in made)
+        assert made[3].tolist() == [7, 7] and made[4].tolist() == [1, 2] and made[4].dtype == p.dtype
+        assert torch.empty_like(p, device="meta").device.type == "cpu"
+        p.data.copy_(made[1])
+
+    model = Model(fc=(6, 36))
+    load(model, loading)
+    assert_quantized(model, "fc.weight", torch.ones(6, 36).bfloat16())
+
+
+def test_results_are_the_engine_s_own_tensors():
+    """An in-place op returns the tensor it was called on, and an op with out= its output, so chains keep working."""
+
+    def loading(params):
+        p = params["fc.weight"].data
+        assert p.copy_(values(6, 36)) is p and p.mul_(2) is p
+        assert torch.neg(p, out=p) is p
+        p[0].zero_().add_(1).mul_(3)
+
+    load(Model(fc=(6, 36)), loading)
+
+
+def test_torch_s_own_errors_name_the_parameter():
+    """A shard of the wrong shape is torch's error, with the parameter's name; the loader stays usable."""
+    model, w = Model(fc=(6, 36)), values(6, 36)
+
+    def loading(params):
+        with pytest.raises(RuntimeError, match=r"copy_.* on `fc.weight`: .*size"):
+            params["fc.weight"].data.copy_(w[:, :35])
+        params["fc.weight"].data.copy_(w)
+
+    load(model, loading)
+    assert_quantized(model, "fc.weight", w)
+
+
+def test_a_swallowed_error_is_not_forgotten():
+    """An engine that catches every exception does not turn a refused shard into a loaded one."""
+    model = Model(fc=(6, 36))
+
+    def loading(params):
+        try:
+            params["fc.weight"].data.copy_(torch.ones(6, 36, dtype=torch.int8))
+        except Exception:
+            params["fc.weight"].data.zero_()
+
+    with pytest.raises(LoadError, match="int8"):
+        load(model, loading)
+    assert model.fc.weight.is_meta
+
+
+def test_a_resized_weight_is_refused():
+    """Growing a parameter's storage in place is a change of shape, which belongs into a hook."""
+    model = Model(fc=(6, 36))
+
+    def loading(params):
+        params["fc.weight"].data.zero_()
+        model.fc.weight.data = params["fc.weight"].data[:3]
+
+    with pytest.raises(LoadError, match=r"`fc.weight` must keep the shape \(6, 36\)"):
+        load(model, loading)
+    assert model.fc.weight.shape == (6, 36)
