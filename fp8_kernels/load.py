@@ -78,13 +78,13 @@ def load_checkpoint(
         else:
             total = 0
         _compute_buffers(model, device)
-        ignore = list(ignore)
-        if runnable:
-            ignore += _not_runnable(model, scheme, ignore, include, schemes)
+        ignore, include = list(ignore), list(include)
+        kept = _not_runnable(model, scheme, ignore, include, schemes) if runnable else {}
         with LayerwiseLoader(
-            model, scheme, device=device, ignore=ignore, include=include, schemes=schemes, dtype=dtype
+            model, scheme, device=device, ignore=[*ignore, *kept], include=include, schemes=schemes, dtype=dtype
         ) as loader:
             _copy_all(model, source, total, progress)
+        loader.report.passed_through.update(kept)
         if runnable:
             chosen = {name: entry.scheme for entry in loader.plan.quantized for name in entry.names}
             make_runnable(model, activation, chosen)
@@ -167,10 +167,14 @@ def _reshaped_scale(name, tensor, target):
 
 
 def _not_runnable(model, scheme, ignore, include, schemes):
-    """Names of weights that would become FP8 in modules which `make_runnable` cannot replace."""
+    """Weights that would become FP8 in modules which `make_runnable` cannot replace -> why they do not."""
     plan = make_plan(model, scheme, ignore=ignore, include=include, schemes=schemes)
     # A model that is itself such a module has no parent in which to replace it.
-    return [e.name for e in plan.quantized if not all(can_run(p.module) and p.module is not model for p in e.places)]
+    return {
+        entry.name: f"nothing runs {type(entry.places[0].module).__name__} in FP8"
+        for entry in plan.quantized
+        if not all(can_run(place.module) and place.module is not model for place in entry.places)
+    }
 
 
 @contextmanager
