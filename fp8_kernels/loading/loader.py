@@ -12,17 +12,15 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from ..errors import IncompleteLoadError, LoadError, NonFiniteWeightError
+from ..errors import LoadError
 from ..schemes import Scheme, scheme_name
+from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import CopyCounter
 from .install import Snapshot, exchange
 from .plan import Entry, Plan, make_plan
 from .report import Report
 from .staging import Staging, Tracked, Unit
-from .target import describe
 from .writes import Writes
-
-MAX_REGIONS = 8  # listed of one tensor
 
 
 class LayerwiseLoader:
@@ -225,11 +223,11 @@ class LayerwiseLoader:
         self._writes.flush()
         for tracked in self._tracked:
             self._fill_in(tracked)
-        self._check_complete()
-        self._check_finite()
+        check_complete(self._tracked, self.report.shards)
+        check_finite(self._tracked)
         for tracked in self._tracked:
             self._install(tracked)
-        self._check_nothing_on_meta()
+        check_nothing_on_meta(self.model, self.plan)
         if self._on_module is not None:
             for module, count in self._waiting.items():
                 if count:
@@ -274,49 +272,6 @@ class LayerwiseLoader:
             if not unit.final and (absent or unit.coverage.complete):
                 self._writes.finish_as_it_is(unit)
 
-    def _check_complete(self):
-        missing = {}
-        for tracked in self._tracked:
-            lines = _missing_regions(tracked)
-            if lines:
-                missing[tracked.entry.name] = lines
-        if not missing:
-            return
-        lines = [f"  {name}: {'; '.join(regions)}" for name, regions in missing.items()]
-        hint = "other threads that load must enter `loader.worker()`; what a checkpoint may lack goes into `optional`"
-        if not self.report.shards:
-            hint = "nothing was written at all: did the weights load inside the context, and in this thread?"
-        raise IncompleteLoadError(
-            f"{len(missing)} of {len(self._tracked)} tensors are incomplete ({hint}):\n" + "\n".join(lines)
-        )
-
-    def _check_finite(self):
-        """One look at all scales: a NaN or Inf in a weight is in its scale."""
-        quantized = [t for t in self._tracked if t.entry.scheme and t.units]
-        if not quantized:
-            return
-        bad = torch.cat([_not_finite(t.scale).reshape(len(t.units), -1).any(dim=1) for t in quantized]).cpu()
-        units = [unit for t in quantized for unit in t.units]
-        names = [str(unit) for unit, is_bad in zip(units, bad.tolist(), strict=True) if is_bad]
-        if names:
-            raise NonFiniteWeightError(f"{len(names)} weights hold NaN or Inf: {', '.join(names)}")
-
-    def _check_nothing_on_meta(self):
-        planned = {id(place.module): set() for entry in self.plan.entries for place in entry.places}
-        for entry in self.plan.entries:
-            for place in entry.places:
-                planned[id(place.module)].add(place.leaf)
-        late = [
-            f"{prefix}.{leaf}" if prefix else leaf
-            for prefix, module in self.model.named_modules()
-            for leaf, t in module._parameters.items()
-            if t is not None and t.is_meta and leaf not in planned.get(id(module), ())
-        ]
-        if late:
-            raise LoadError(
-                f"parameters must exist before the loader is entered, got new ones on meta: {', '.join(late)}"
-            )
-
     def _complete_report(self, started, quantizing):
         report = self.report
         report.bytes_out = sum(tracked.entry.bytes_out for tracked in self._tracked)
@@ -340,42 +295,6 @@ class LayerwiseLoader:
         """Drop every buffer and every reference into the model."""
         self._exits = self._writes = self._staging = self._snapshot = None
         self._tracked, self._at, self._waiting = [], {}, {}
-
-
-def _missing_regions(tracked):
-    """What has not been written of a tensor, for people; experts that lack everything in one item."""
-    experts, regions = [], []
-    for unit in tracked.units:
-        boxes = [] if unit.final else unit.coverage.missing()
-        if not boxes:
-            continue
-        if unit.index is not None and unit.coverage.empty:
-            experts.append(unit.index)
-        elif unit.coverage.empty:
-            regions.append("everything")
-        else:
-            regions += [
-                (f"expert {unit.index}: " if unit.index is not None else "") + describe(b, unit.shape) for b in boxes
-            ]
-    if len(experts) == len(tracked.units) and experts:
-        regions.append("everything")
-    elif experts:
-        regions.insert(0, f"experts {_ranges(experts)} of {len(tracked.units)}")
-    more = len(regions) - MAX_REGIONS
-    return regions if more <= 0 else [*regions[:MAX_REGIONS], f"and {more} more regions"]
-
-
-def _ranges(numbers):
-    """Sorted numbers as `0:3, 5:6`."""
-    starts = [n for n in numbers if n - 1 not in set(numbers)]
-    ends = [n + 1 for n in numbers if n + 1 not in set(numbers)]
-    return ", ".join(f"{start}:{end}" for start, end in zip(starts, ends, strict=True))
-
-
-def _not_finite(scale):
-    if scale.dtype == torch.float8_e8m0fnu:
-        return scale.view(torch.uint8) == 0xFF
-    return ~scale.isfinite()
 
 
 def _real_device(device):

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 
 from ..errors import ConflictingShardError, LoadError
-from ..ops import FP8_DTYPES
 from .op_info import OpInfo, op_info
 from .report import Report
 from .staging import COMPARE_ELEMENTS, Staging, Tracked, Unit
+from .substitute import call, refuse, source_dtype, split
 from .target import Target
 
 _SPLIT = {"copy_", "fill_", "zero_"}
@@ -112,12 +112,12 @@ class Writes:
         written = [t for t in targets if t.written]
         if not written:
             buffers = [self._readable(t) for t in targets]
-            result = self._call(func, info, args, kwargs, targets, buffers)
+            result = call(func, info, args, kwargs, targets, buffers, self.device)
             self._release(targets, buffers)
             return result
-        self._refuse(info, args, kwargs, targets)
+        refuse(info, args, kwargs, targets)
         if len(written) == 1 and len(written[0].units) > 1 and info.name in _SPLIT:
-            parts = _split(args, written[0])
+            parts = split(args, written[0])
             if parts:
                 for part in parts:
                     self.run(func, info, part, kwargs, self._targets_of(part))
@@ -129,7 +129,7 @@ class Writes:
             self._let_go([unit for t in targets for unit in t.units])
         before = [self._before(t, info, args, kwargs) for t in written]
         buffers = [self._writable(t, info, args, kwargs, targets) if t.written else self._readable(t) for t in targets]
-        result = self._call(func, info, args, kwargs, targets, buffers)
+        result = call(func, info, args, kwargs, targets, buffers, self.device)
         completed = []
         for target, seen in zip(written, before, strict=True):
             if seen is not None:
@@ -163,7 +163,7 @@ class Writes:
         for unit in target.units:
             if not info.replaces(args, kwargs):
                 unit.zero_gaps()
-            unit.open(_source_dtype(target, info, args, targets))
+            unit.open(source_dtype(target, info, args, targets))
         return self._gather(target)
 
     def _gather(self, target):
@@ -185,74 +185,6 @@ class Writes:
         for target, buffer in zip(targets, buffers, strict=True):
             if len(target.units) > 1:
                 self.staging.release(buffer)
-
-    def _call(self, func, info, args, kwargs, targets, buffers):
-        """The op, with real views in the place of the tracked tensors."""
-        if info.is_copy and len(targets) == 1 and targets[0].written:  # by far the commonest
-            with _named(func, targets):
-                func(targets[0].view(buffers[0]), *args[1:], **kwargs)
-            return args[0]
-        views = {id(t.tensor): t.view(b) for t, b in zip(targets, buffers, strict=True)}
-        originals = {id(v): t.tensor for t in targets if (v := views[id(t.tensor)]) is not t.tensor}
-        staged = bool(originals)
-        written = {id(views[id(t.tensor)]) for t in targets if t.written}
-        wide = {t.tracked.entry.dtype: b.dtype for t, b in zip(targets, buffers, strict=True) if t.in_elements}
-
-        def real(x):
-            if isinstance(x, torch.Tensor):
-                if id(x) in views:
-                    return views[id(x)]
-                if staged and not info.is_copy and not x.is_meta:
-                    # The engine saw the meta device and could not know where the data is, nor in what width.
-                    if x.ndim and x.device != self.device:
-                        x = x.to(self.device)
-                    if x.dtype in wide and x.dtype != wide[x.dtype]:
-                        x = x.to(wide[x.dtype])
-                return x
-            if isinstance(x, (list, tuple)):
-                return type(x)(real(item) for item in x)
-            return x
-
-        args, kwargs = real(args), {key: real(value) for key, value in kwargs.items()}
-        with _named(func, targets):
-            result = func(*args, **kwargs)
-        for target in targets:
-            if target.written and views[id(target.tensor)].shape != target.tensor.shape:
-                raise LoadError(
-                    f"`{target.tracked.entry.name}`: {func} was given an output of shape {tuple(target.tensor.shape)} "
-                    f"for a result of shape {tuple(views[id(target.tensor)].shape)}"
-                )
-
-        def virtual(x):
-            if isinstance(x, torch.Tensor):
-                return originals[id(x)] if id(x) in written and id(x) in originals else x
-            return type(x)(map(virtual, x)) if isinstance(x, (list, tuple)) else x
-
-        return virtual(result)
-
-    def _refuse(self, info, args, kwargs, targets):
-        """Raise for data that cannot become a weight."""
-        if len(targets) > 1 or not info.is_copy or not isinstance(args[1], torch.Tensor) or args[1].is_meta:
-            known = {id(t.tensor) for t in targets}
-            if any(x.is_meta and id(x) not in known for x in _tensors((args, *kwargs.values()))):
-                raise LoadError(f"{_names(targets)}: a tensor on the meta device holds no data to load ({info.name})")
-        if not info.is_copy:
-            return
-        target, source = next(t for t in targets if t.written), args[1]
-        if not isinstance(source, torch.Tensor):  # a number
-            return
-        into, dtype, scheme = target.tensor.dtype, source.dtype, target.tracked.entry.scheme
-        if into == dtype and scheme and into == target.tracked.entry.dtype:
-            return
-        if not target.in_elements:
-            if dtype != into:
-                raise LoadError(f"{_names(targets)}: a view as {into} must be written with {into}, got {dtype}")
-        elif scheme and not dtype.is_floating_point and source.ndim:
-            raise LoadError(f"{_names(targets)} must be loaded from floating-point data, got {dtype}")
-        elif scheme and dtype.itemsize == 1 and source.ndim:
-            raise LoadError(f"{_names(targets)} must be loaded from high precision, got {dtype} without its scale")
-        elif into in FP8_DTYPES and dtype != into and not scheme:
-            raise LoadError(f"{_names(targets)} is {into}: a cast from {dtype} would drop the scale; quantize it")
 
     def _before(self, target, info, args, kwargs):
         """The list of the report that this write belongs on, if its elements were written before."""
@@ -278,6 +210,8 @@ class Writes:
         elif info.name in ("copy_", "fill_"):
             value = torch.as_tensor(args[1])
         else:
+            return True
+        if value.is_meta:  # another tracked tensor
             return True
         view = target.view(unit.buffer)
         if not whole and view.shape != target.sizes:
@@ -345,9 +279,9 @@ class Writes:
             raise LoadError(f"{target} is quantized already; {info.name} cannot change it")
         (unit,) = target.units
         self._let_go([unit])
-        values = self.staging.empty(unit.shape, unit.dtype_for(_source_dtype(target, info, args, targets)))
+        values = self.staging.empty(unit.shape, unit.dtype_for(source_dtype(target, info, args, targets)))
         buffers = [values if t is target else self._readable(t) for t in targets]
-        result = self._call(func, info, args, kwargs, targets, buffers)
+        result = call(func, info, args, kwargs, targets, buffers, self.device)
         self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
         boxes = target.region.boxes
         mask = None if boxes is not None and info.mark is None else self._written_mask(target, info, args)[0]
@@ -392,64 +326,3 @@ class Writes:
     def _targets_of(self, args):
         found = (self.find(x, written=i == 0) for i, x in enumerate(args) if isinstance(x, torch.Tensor))
         return [target for target in found if target]
-
-
-def _split(args, target):
-    """The arguments of one write to several experts, as one set for each, so that each can be finished at once;
-    None where the view does not fall apart at experts."""
-    t, source = args[0], args[1] if len(args) > 1 else None
-    numel = target.tracked.unit_numel * target.itemsize // t.element_size()
-    is_tensor = isinstance(source, torch.Tensor) and source.ndim > 0
-    if is_tensor:
-        source = source.expand(t.shape)
-    dim = next((d for d, s in enumerate(t.stride()) if s and s % numel == 0 and t.size(d) > 1), None)
-    if dim is not None:
-        parts = [(t.select(dim, i), source.select(dim, i) if is_tensor else source) for i in range(t.size(dim))]
-    elif t.is_contiguous():
-        flat, start = t.view(-1), target.offset * target.itemsize // t.element_size()
-        source = source.reshape(-1) if is_tensor else source
-        edges = [0, *range(numel - start % numel, flat.numel(), numel), flat.numel()]
-        pairs = zip(edges, edges[1:], strict=False)
-        parts = [(flat[a:b], source[a:b] if is_tensor else source) for a, b in pairs]
-    else:
-        return None
-    return [(part, part_source, *args[2:])[: len(args)] for part, part_source in parts]
-
-
-def _source_dtype(target, info, args, targets):
-    """The dtype of floating-point data that is copied into elements; None for everything else."""
-    if not info.is_copy or not target.in_elements or not isinstance(args[1], torch.Tensor):
-        return None
-    for source in targets:
-        if source.tensor is args[1] and source.tracked.entry.scheme and source.units:
-            return source.units[0].dtype_for()  # as it is held, not as the engine sees it
-    return args[1].dtype if args[1].is_floating_point() else None
-
-
-class _named:
-    """Errors of torch inside it name the parameters."""
-
-    __slots__ = ("func", "targets")
-
-    def __init__(self, func, targets):
-        self.func, self.targets = func, targets
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, RuntimeError) and kind is not torch.OutOfMemoryError:
-            raise RuntimeError(f"{self.func} on {_names(self.targets)}: {error}") from error
-
-
-def _names(targets):
-    """The parameters that an op writes, or else reads."""
-    return ", ".join(f"`{t.tracked.entry.name}`" for t in [t for t in targets if t.written] or targets)
-
-
-def _tensors(args):
-    for x in args:
-        if isinstance(x, torch.Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from _tensors(x)

@@ -162,6 +162,24 @@ def test_a_write_of_several_weights_at_once():
     assert_quantized(model, "other.weight", torch.frexp(w.float()).mantissa)
 
 
+def test_a_weight_written_from_itself():
+    """A weight may be its own source, whole or in part: the read and the write meet in the same real memory."""
+    model, w = Model(fc=(36, 36), fc2=(3, 5)), values(36, 36)
+
+    def loading(params):
+        p = params["fc.weight"].data
+        p.copy_(w)
+        p.copy_(p.t().contiguous())
+        p.copy_(p)
+        p[:5].copy_(p[7:12])
+        params["fc2.weight"].data.copy_(w[:3, :5])
+
+    loader = load(model, loading)
+    loading({"fc.weight": (real := torch.empty(36, 36).bfloat16()), "fc2.weight": torch.empty(3, 5)})
+    assert_quantized(model, "fc.weight", real)
+    assert len(loader.report.rewrites) == 3
+
+
 def test_copy_of_a_weight_that_waits_in_fp32():
     """Copying one tracked weight to another does not round what the first holds in fp32."""
     model, w = Model(a=(6, 36), b=(6, 36)), values(6, 36, dtype=torch.float32)

@@ -1,0 +1,94 @@
+"""What is checked when a load ends."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import IncompleteLoadError, LoadError, NonFiniteWeightError
+from .plan import Plan
+from .staging import Tracked
+from .target import describe
+
+MAX_REGIONS = 8  # listed of one tensor
+
+
+def check_complete(tracked_tensors: list[Tracked], num_shards: int):
+    """Raise IncompleteLoadError for every element that never arrived."""
+    missing = {}
+    for tracked in tracked_tensors:
+        lines = _missing_regions(tracked)
+        if lines:
+            missing[tracked.entry.name] = lines
+    if not missing:
+        return
+    lines = [f"  {name}: {'; '.join(regions)}" for name, regions in missing.items()]
+    hint = "other threads that load must enter `loader.worker()`; what a checkpoint may lack goes into `optional`"
+    if not num_shards:
+        hint = "nothing was written at all: did the weights load inside the context, and in this thread?"
+    raise IncompleteLoadError(
+        f"{len(missing)} of {len(tracked_tensors)} tensors are incomplete ({hint}):\n" + "\n".join(lines)
+    )
+
+
+def check_finite(tracked_tensors: list[Tracked]):
+    """Raise NonFiniteWeightError; one look at all scales, since a NaN or Inf in a weight is in its scale."""
+    quantized = [t for t in tracked_tensors if t.entry.scheme and t.units]
+    if not quantized:
+        return
+    bad = torch.cat([_not_finite(t.scale).reshape(len(t.units), -1).any(dim=1) for t in quantized]).cpu()
+    units = [unit for t in quantized for unit in t.units]
+    names = [str(unit) for unit, is_bad in zip(units, bad.tolist(), strict=True) if is_bad]
+    if names:
+        raise NonFiniteWeightError(f"{len(names)} weights hold NaN or Inf: {', '.join(names)}")
+
+
+def check_nothing_on_meta(model: torch.nn.Module, plan: Plan):
+    """Raise for parameters on meta that are not in the plan, since nothing could have loaded them."""
+    planned = {id(place.module): set() for entry in plan.entries for place in entry.places}
+    for entry in plan.entries:
+        for place in entry.places:
+            planned[id(place.module)].add(place.leaf)
+    late = [
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, module in model.named_modules()
+        for leaf, t in module._parameters.items()
+        if t is not None and t.is_meta and leaf not in planned.get(id(module), ())
+    ]
+    if late:
+        raise LoadError(f"parameters must exist before the loader is entered, got new ones on meta: {', '.join(late)}")
+
+
+def _missing_regions(tracked):
+    """What has not been written of a tensor, for people; experts that lack everything in one item."""
+    experts, regions = [], []
+    for unit in tracked.units:
+        boxes = [] if unit.final else unit.coverage.missing()
+        if not boxes:
+            continue
+        if unit.index is not None and unit.coverage.empty:
+            experts.append(unit.index)
+        elif unit.coverage.empty:
+            regions.append("everything")
+        else:
+            regions += [
+                (f"expert {unit.index}: " if unit.index is not None else "") + describe(b, unit.shape) for b in boxes
+            ]
+    if len(experts) == len(tracked.units) and experts:
+        regions.append("everything")
+    elif experts:
+        regions.insert(0, f"experts {_ranges(experts)} of {len(tracked.units)}")
+    more = len(regions) - MAX_REGIONS
+    return regions if more <= 0 else [*regions[:MAX_REGIONS], f"and {more} more regions"]
+
+
+def _ranges(numbers):
+    """Sorted numbers as `0:3, 5:6`."""
+    starts = [n for n in numbers if n - 1 not in set(numbers)]
+    ends = [n + 1 for n in numbers if n + 1 not in set(numbers)]
+    return ", ".join(f"{start}:{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def _not_finite(scale):
+    if scale.dtype == torch.float8_e8m0fnu:
+        return scale.view(torch.uint8) == 0xFF
+    return ~scale.isfinite()
