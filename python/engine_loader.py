@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import fp8_kernels as fk
-from fp8_kernels.loading import LayerwiseLoader
 
 HIDDEN, QUERY, KEY, INTERMEDIATE, LAYERS = 192, 192, 64, 344, 2
 FUSED = {"q": "qkv_proj", "k": "qkv_proj", "v": "qkv_proj", "gate": "gate_up_proj", "up": "gate_up_proj"}
@@ -58,7 +57,7 @@ def load_weights(model, weights):
 def load_fp8(weights, scheme, tp_rank, tp_size):
     with torch.device("meta"):
         model = build(tp_rank, tp_size)
-    with LayerwiseLoader(model, scheme) as loader:
+    with fk.LayerwiseLoader(model, scheme) as loader:
         load_weights(model, weights)
     return model, loader.report
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import fp8_kernels as fk
-from fp8_kernels.loading import LayerwiseLoader
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 8, 96, 136
 
@@ -49,7 +48,7 @@ if __name__ == "__main__":
         with torch.device("meta"):
             model = nn.ModuleDict({"experts": Experts(local_experts)})
 
-        with LayerwiseLoader(
+        with fk.LayerwiseLoader(
             model, scheme="per_tensor", on_unit=lambda unit, q, scale: print(unit, tuple(q.shape))
         ) as loader:
             for expert, shard, loaded in weights:

@@ -48,7 +48,8 @@ class LayerwiseLoader:
 
     Attributes:
         plan: the `Plan`; also there before the context is entered.
-        report: the `Report`; complete after the context is left.
+        report: the `Report`; complete after the context is left. On CUDA, entering the context resets torch's peak
+            memory statistics of the device, from which the report's peaks are.
 
     Raises:
         ValueError: at construction, for a model that cannot be loaded so; the message names the way out.

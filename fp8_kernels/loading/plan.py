@@ -131,7 +131,10 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Forecast for shards that arrive unit by unit: the FP8 model, a unit being filled and a finished one."""
+        """Forecast: the FP8 model, a unit being filled and a complete one.
+
+        For data of the parameters' dtypes that arrives unit by unit; every further open unit adds its size.
+        """
         return self.resident + 2 * self.largest_unit
 
     def check_loadable(self):

@@ -1,7 +1,6 @@
 """`LayerwiseLoader` as a whole: hooks, identity, what an exception leaves behind, threads, memory, the report."""
 
 import gc
-import os
 import random
 import re
 import threading
@@ -224,6 +223,35 @@ def test_an_exception_leaves_the_model_as_it_was(kind):
     assert_quantized(model, "fc2.weight", state["fc2.weight"])
 
 
+class _EngineParameter(nn.Parameter):
+    """As engines subclass it: extra state, a loader of its own, and torch functions that bypass the class."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __new__(cls, data, output_dim):
+        return super().__new__(cls, data=data, requires_grad=False)
+
+    def __init__(self, data, output_dim):
+        self._output_dim = output_dim
+
+    def load_rows(self, start, loaded):
+        self.data.narrow(self._output_dim, start, loaded.size(0)).copy_(loaded)
+
+
+def test_parameter_subclasses_stay_themselves():
+    """An engine's parameter class, its attributes, weak references and kept views survive; it holds FP8."""
+    model, w = Model(fc=(6, 36)), values(6, 36)
+    p = model.fc.weight = _EngineParameter(torch.empty(6, 36, dtype=torch.bfloat16, device="meta"), 0)
+    reference, view = weakref.ref(p), p[3:5]
+    with LayerwiseLoader(model, device="cpu"):
+        for start in (3, 0):
+            p.load_rows(start, w[start : start + 3])
+        p[[1, 2]] = w[[1, 2]]
+    assert model.fc.weight is p and reference() is p and type(p) is _EngineParameter and p._output_dim == 0
+    assert_quantized(model, "fc.weight", w)
+    assert view.is_meta
+
+
 def test_values_of_real_tensors_are_the_engine_s():
     """Real pass-through parameters are used as they are, and stay the same storage."""
     model = _mixed()
@@ -403,7 +431,6 @@ def test_no_grad_is_not_needed_beyond_the_engine_s_own():
         load(Model(fc=(6, 36)), lambda params: params["fc.weight"][:3].copy_(w[:3]))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux to measure memory")
 def test_a_long_load_does_not_grow():
     """What is kept of a shard does not depend on how many came before: thousands of shards, duplicates included,
     leave no Python objects but the report's lines."""
