@@ -51,24 +51,28 @@ def _float(bits):
 
 @triton.jit
 def _abs_bits(x):
-    """Bits of |x|, widened to int32. As integers they order like the values, with Inf and then NaN on top."""
+    """Bits of |x|. As integers they order like the values, with Inf and then NaN on top."""
     if x.dtype == tl.float32:
         bits = _bits(x) & 0x7FFFFFFF
     else:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        bits = x.to(tl.int16, bitcast=True) & 0x7FFF
     return bits
+
+
+@triton.jit
+def _widen(x):
+    """bf16, fp16 or fp32 as fp32, exact (which the interpreter's own conversion of a subnormal bf16 is not)."""
+    if x.dtype == tl.bfloat16:
+        value = _float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        value = x.to(tl.float32)
+    return value
 
 
 @triton.jit
 def _from_abs_bits(bits, dtype: tl.constexpr):
     """The fp32 value of what `_abs_bits` returned for that dtype, a NaN made canonical."""
-    if dtype == tl.bfloat16:
-        value = _float(bits << 16)
-    elif dtype == tl.float16:
-        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        value = _float(bits)
-    return _round(value, tl.float32)
+    return _round(_widen(bits.to(dtype, bitcast=True)), tl.float32)
 
 
 @triton.jit
@@ -98,7 +102,7 @@ def _scale_from_amax(amax, dtype: tl.constexpr, FP8_MAX: tl.constexpr, POW2: tl.
         stored = (_bits(scale) >> 23).to(tl.uint8)
     else:
         stored = _round(scale, dtype)
-        scale = stored.to(tl.float32)
+        scale = _widen(stored)
     return stored, scale
 
 
@@ -110,7 +114,7 @@ def _load_scale(pointers, mask):
         code = scale.to(tl.int32)
         bits = tl.where(code == 0, 0x400000, tl.where(code == 255, _NAN_BITS, code << 23))
         scale = _float(bits)
-    return scale.to(tl.float32)
+    return _widen(scale)
 
 
 @triton.jit
@@ -120,19 +124,20 @@ def _divide(x, scale, BOUNDED: tl.constexpr):
     A quotient by the rounded reciprocal, corrected by its exact remainder, is the correctly rounded one,
     which takes a third of the instructions of a division. The remainder is exact unless it falls under the
     smallest subnormal, so small scales are lifted first (by a power of two, which changes no quotient); the
-    quotients that are still too small for it lie below 2**-40, where FP8 has only zero. Written with -x
-    and -inv_scale, a quotient of zero keeps its sign. An infinite scale, whose product with a zero quotient
-    would be NaN, takes part only by its reciprocal. BOUNDED says that no |x| exceeds the amax of its group,
-    so that no quotient overflows; else an infinite one has no remainder and is the answer.
+    quotients that are still too small for it lie below 2**-40, where FP8 has only zero. With -x and
+    -1 / scale a quotient of zero keeps its sign (Triton's unary minus is a subtraction from 0, which would not
+    do). An infinite scale, whose product with a zero quotient would be NaN, takes part only by its reciprocal.
+    BOUNDED says that no |x| exceeds the amax of its group, so that no quotient overflows; else an infinite one
+    has no remainder and is the answer.
     """
     lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
     scale = scale * lift
-    inv_scale = tl.div_rn(1.0, scale)
+    neg_inv_scale = tl.broadcast_to(tl.div_rn(-1.0, scale), x.shape)
     scale = tl.broadcast_to(tl.where(scale == _INF, 0.0, scale), x.shape)
-    x = x * lift
-    first = x * inv_scale
-    remainder = tl.fma(first, scale, -x)
-    quotient = tl.fma(remainder, tl.broadcast_to(-inv_scale, x.shape), first)
+    neg_x = x * (lift * -1.0)
+    first = neg_x * neg_inv_scale
+    remainder = tl.fma(first, scale, neg_x)
+    quotient = tl.fma(remainder, neg_inv_scale, first)
     if not BOUNDED:
         quotient = tl.where(tl.abs(first) < 2.0**100, quotient, first)
     return quotient
@@ -228,10 +233,10 @@ def _elements(
 
 @triton.jit
 def _group_max(bits, SHARED: tl.constexpr):
-    """Maxima of the groups of a tile: `[R, G, C]` -> `[R or 1, G, 1]`."""
-    bits = tl.max(bits, axis=2, keep_dims=True)
+    """Maxima of the groups of a tile: `[R, G, C]` -> `[R or 1, G, 1]`; not by `tl.max`, which widens 16 bits."""
+    bits = tl.reduce(bits, 2, tl.standard._elementwise_max, keep_dims=True)
     if SHARED:
-        bits = tl.max(bits, axis=0, keep_dims=True)
+        bits = tl.reduce(bits, 0, tl.standard._elementwise_max, keep_dims=True)
     return bits
 
 
@@ -255,7 +260,7 @@ def _amax_kernel(
     unit, group_n, group_k, first = _program(split, tiles_n, tiles_k, R, G, SHARED)
     dims = (num_rows, num_cols, block_n, block_k, pieces_k)
     w += unit * w_stride_e
-    bits = tl.zeros((R, G, C), tl.int32)
+    bits = _abs_bits(tl.zeros((R, G, C), w.dtype.element_ty))
     for piece in range(first, pieces, split):
         row, col, mask = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
         bits = tl.maximum(bits, _abs_bits(tl.load(w + row * w_stride_n + col * w_stride_k, mask=mask, other=0.0)))
@@ -305,13 +310,13 @@ def _quantize_kernel(
     pointers = scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k
     tl.store(pointers, stored, mask=g_mask & (first == 0))
 
-    code = _encode(_divide(x.to(tl.float32), group_scale, BOUNDED), FP8_MAX, NATIVE)
+    code = _encode(_divide(_widen(x), group_scale, BOUNDED), FP8_MAX, NATIVE)
     tl.store(q + row * q_stride_n + col * q_stride_k, code, mask=mask)
     if LOOP:  # a second read of the group, small enough for the L2 cache to serve it
         for piece in range(1, pieces):
             row_i, col_i, mask_i = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
             x_i = tl.load(w + row_i * w_stride_n + col_i * w_stride_k, mask=mask_i, other=0.0)
-            code_i = _encode(_divide(x_i.to(tl.float32), group_scale, BOUNDED), FP8_MAX, NATIVE)
+            code_i = _encode(_divide(_widen(x_i), group_scale, BOUNDED), FP8_MAX, NATIVE)
             tl.store(q + row_i * q_stride_n + col_i * q_stride_k, code_i, mask=mask_i)
 
 
@@ -368,14 +373,15 @@ def _tiling(num_rows, num_cols, block_n, block_k, in_one, k_contiguous):
     # Groups of one row that are found in pieces take one row a program: as many programs as there are rows.
     height = block_n if shared else num_rows if held or not in_one else 1
     if not held:  # long runs along K, or square tiles where memory runs the other way
-        cols = _extent(block_k, max(_TILE // triton.next_power_of_2(height), 1024 if k_contiguous else 64))
-        rows = _extent(block_n, max(_TILE // cols, 1))
+        cols = _extent(block_k, max(_TILE // triton.next_power_of_2(height), 1024 if k_contiguous else 64), 64)
+        rows = _extent(block_n, max(_TILE // cols, 1), 64)
     pieces_k = -(-block_k // cols)
     pieces = -(-block_n // rows) * pieces_k
     groups = _extent(grid_k, max(_TILE // (rows * cols), 1)) if pieces == 1 else 1
     if not shared:
         rows = _extent(height, max(_TILE // (groups * cols), 1))
-    tiles_n, tiles_k = grid_n if shared else -(-num_rows // rows), -(-grid_k // groups)
+    rows = max(rows, 4 // (groups * cols))  # `_encode` converts four codes at a time
+    tiles_n, tiles_k = grid_n if shared else -(-grid_n // rows), -(-grid_k // groups)
     num_warps = min(max(rows * groups * cols // 1024, 1), 8)
     return _Tiling(
         (num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k),
@@ -385,11 +391,15 @@ def _tiling(num_rows, num_cols, block_n, block_k, in_one, k_contiguous):
     )
 
 
-def _extent(size, limit):
-    """The largest power of two, not above `limit`, that covers `size` with little padding."""
-    largest = min(triton.next_power_of_2(max(size, 1)), limit)
-    padded = {largest >> i: -(-size // (largest >> i)) * (largest >> i) for i in range(4) if largest >> i}
-    return next(extent for extent in padded if padded[extent] <= 1.07 * min(padded.values()))
+def _extent(size, limit, smallest=1):
+    """The largest power of two, not above `limit`, that covers `size` with little padding.
+
+    What it may save is an eighth of a tile, and is not worth an extent below `smallest`.
+    """
+    extent = min(triton.next_power_of_2(max(size, 1)), limit)
+    halves = [extent] + [extent >> i for i in (1, 2, 3) if extent >> i >= smallest]
+    padded = [-(-size // half) * half for half in halves]
+    return next(half for half, total in zip(halves, padded, strict=True) if total <= 1.07 * min(padded))
 
 
 def _programs_a_group(tiling, num_groups):
