@@ -27,7 +27,8 @@ def amax(w: torch.Tensor, block_n: int, block_k: int) -> torch.Tensor:
 
 def scale_from_amax(amax: torch.Tensor, fp8_dtype, pow2: bool, scale_dtype=torch.float32) -> torch.Tensor:
     """The scale of a group with that amax, as stored: `scale_dtype`, same shape."""
-    scale = (amax / FP8_MAX[fp8_dtype]).clamp(min=TINY)
+    # By a tensor: on a GPU torch turns division by a number into multiplication by its reciprocal.
+    scale = (amax / torch.full_like(amax, FP8_MAX[fp8_dtype])).clamp(min=TINY)
     if pow2:  # the exponent, rounded up; all in integers, so that no log2 can be off by one
         bits = scale.view(torch.int32)
         exponent = ((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0).int()
