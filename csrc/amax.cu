@@ -13,23 +13,24 @@ struct Traits {
   static constexpr int kTeam = kTeam_;
   static constexpr int kNumThreads = 256;
   static constexpr int kTeams = kNumThreads / kTeam;
-  static constexpr int kVecs = kTeam < 32 ? 1 : 4;  // loads in flight a thread
+  static constexpr int kVecs = kTeam < 32 ? 2 : 4;  // loads in flight a thread
 };
 
 // The maximum over the calling team's share of vectors [begin, end) of a group, in every thread of the team.
-template <typename Traits, bool kAligned, Reuse kReuse>
-__device__ uint32_t amax_of_range(const AmaxParams& p, const Group& group, int64_t begin, int64_t end) {
+template <typename Traits, bool kAligned, typename Index>
+__device__ uint32_t amax_of_range(const AmaxParams& p, const Group& group, Index begin, Index end) {
   using T = typename Traits::Element;
   const T* source = p.w.at<T>(group.unit, group.row, group.col);
+  const auto num_rows = static_cast<Index>(group.num_rows), num_cols = static_cast<Index>(group.num_cols);
   uint32_t acc = 0;
-  for (int64_t base = begin + threadIdx.x % Traits::kTeam; base < end; base += Traits::kTeam * Traits::kVecs) {
+  for (Index base = begin + threadIdx.x % Traits::kTeam; base < end; base += Traits::kTeam * Traits::kVecs) {
     Vec<T> vecs[Traits::kVecs];
 #pragma unroll
     for (int i = 0; i < Traits::kVecs; ++i) {
-      const int64_t index = base + i * Traits::kTeam;
-      auto at = vec_position(p.grouping.vecs_per_row, group.num_rows, group.num_cols, index);
+      const Index index = base + i * Traits::kTeam;
+      auto at = vec_position(p.grouping.vecs_per_row, num_rows, num_cols, index);
       if (index >= end) at.valid = 0;
-      vecs[i] = load_vec<T, kAligned, kReuse>(source, p.w, at);
+      vecs[i] = load_vec<T, kAligned, Reuse::kAgain>(source, p.w, at);
     }
 #pragma unroll
     for (int i = 0; i < Traits::kVecs; ++i) acc = vecs[i].max_abs(acc);
@@ -48,8 +49,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads) amax_kernel(const __grid_
   const int64_t index = static_cast<int64_t>(blockIdx.x) * Traits::kTeams + threadIdx.x / Traits::kTeam;
   const bool exists = index < p.grouping.num_groups;
   const Group group = p.grouping.group(exists ? index : 0);
-  const uint32_t bits =
-      amax_of_range<Traits, kAligned, Reuse::kAgain>(p, group, 0, exists ? p.grouping.vecs_per_group : 0);
+  const int vecs = exists ? static_cast<int>(p.grouping.vecs_per_group) : 0;
+  const uint32_t bits = amax_of_range<Traits, kAligned, int>(p, group, 0, vecs);
   if (exists && threadIdx.x % Traits::kTeam == 0) store_amax(bits, p, group);
 }
 
@@ -58,9 +59,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
     amax_partials_kernel(const __grid_constant__ AmaxParams p, const Split split, uint32_t* partials) {
   const int64_t group_index = blockIdx.x / split.parts, part = blockIdx.x - group_index * split.parts;
   const int64_t begin = part * split.vecs_per_part;
-  const uint32_t bits =
-      amax_of_range<Traits, kAligned, Reuse::kAgain>(p, p.grouping.group(group_index), begin,
-                                                     min(begin + split.vecs_per_part, p.grouping.vecs_per_group));
+  const int64_t end = min(begin + split.vecs_per_part, p.grouping.vecs_per_group);
+  const uint32_t bits = amax_of_range<Traits, kAligned, int64_t>(p, p.grouping.group(group_index), begin, end);
   if (threadIdx.x == 0) partials[blockIdx.x] = bits;
 }
 
@@ -99,8 +99,8 @@ void launch_amax(const AmaxParams& params, InputType type, bool aligned, cudaStr
   dispatch_input(type, [&](auto element) {
     using T = decltype(element);
     const int64_t vecs = params.grouping.vecs_per_group;
-    if (vecs <= 4) return launch<Traits<T, 4>>(params, aligned, stream);
-    if (vecs <= 16) return launch<Traits<T, 16>>(params, aligned, stream);
+    if (vecs <= 4) return launch<Traits<T, 2>>(params, aligned, stream);
+    if (vecs <= 16) return launch<Traits<T, 8>>(params, aligned, stream);
     if (vecs <= 512) return launch<Traits<T, 32>>(params, aligned, stream);
     launch<Traits<T, 256>>(params, aligned, stream);
   });

@@ -5,8 +5,8 @@
 namespace fp8_kernels {
 namespace {
 
-// kTeam threads share a group and hold kVecs vectors of it each. Where a group is so small that this is one
-// vector, a team takes kGroups groups, so that enough loads are in flight.
+// kTeam threads share a group and hold kVecs vectors of it each. Where a group is so small that this is little, a
+// team takes kGroups groups, so that enough loads are in flight.
 template <typename T, int kTeam_, int kVecs_, int kGroups_>
 struct Traits {
   using Element = T;
@@ -20,8 +20,6 @@ struct Traits {
   static_assert(kTeam <= 32 || kGroups == 1, "a team wider than a warp reduces once");
 };
 
-constexpr int64_t kNoGroup = INT64_MIN;  // the scale offset of a team without work
-
 template <typename Traits, bool kAligned>
 __global__ void __launch_bounds__(Traits::kNumThreads)
     quantize_groups_kernel(const __grid_constant__ QuantizeParams p) {
@@ -29,19 +27,30 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
   const int team = threadIdx.x / Traits::kTeam, lane = threadIdx.x % Traits::kTeam;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (Traits::kTeams * Traits::kGroups) + team;
 
-  // Locate the groups; past the last one they are empty.
+  // Locate the groups, kTeams apart: most often in the row of the one before. Past the last one they are empty.
   const T* sources[Traits::kGroups];
   uint8_t* targets[Traits::kGroups];
   int64_t scale_offsets[Traits::kGroups];
   int num_rows[Traits::kGroups], num_cols[Traits::kGroups];
+  Group group;
 #pragma unroll
   for (int g = 0; g < Traits::kGroups; ++g) {
     const int64_t index = first + g * Traits::kTeams;
     const bool exists = index < p.grouping.num_groups;
-    const Group group = p.grouping.group(exists ? index : 0);
-    sources[g] = p.w.at<T>(group.unit, group.row, group.col);
-    targets[g] = p.q.at<uint8_t>(group.unit, group.row, group.col);
-    scale_offsets[g] = exists ? p.scale.offset(group.unit, group.grid_row, group.grid_col) : kNoGroup;
+    const int64_t grid_k = p.grouping.grid_k.value, block_k = p.grouping.block_k.value;
+    if (g > 0 && group.grid_col + Traits::kTeams < grid_k) {
+      group.grid_col += Traits::kTeams;
+      group.num_cols = min(block_k, p.grouping.num_cols - group.col - Traits::kTeams * block_k);
+      sources[g] = sources[g - 1] + Traits::kTeams * block_k * (kAligned ? 1 : p.w.col_stride);
+      targets[g] = targets[g - 1] + Traits::kTeams * block_k * (kAligned ? 1 : p.q.col_stride);
+      scale_offsets[g] = scale_offsets[g - 1] + Traits::kTeams * p.scale.col_stride;
+      group.col += Traits::kTeams * block_k;
+    } else {
+      group = p.grouping.group(exists ? index : 0);
+      sources[g] = p.w.at<T>(group.unit, group.row, group.col);
+      targets[g] = p.q.at<uint8_t>(group.unit, group.row, group.col);
+      scale_offsets[g] = p.scale.offset(group.unit, group.grid_row, group.grid_col);
+    }
     num_rows[g] = exists ? static_cast<int>(group.num_rows) : 0;
     num_cols[g] = static_cast<int>(group.num_cols);
   }
@@ -61,6 +70,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
 
 #pragma unroll
   for (int g = 0; g < Traits::kGroups; ++g) {
+    const bool exists = first + g * Traits::kTeams < p.grouping.num_groups;
+
     // Reduce.
     uint32_t amax = 0;
     if (p.amax.data == nullptr) {
@@ -68,14 +79,14 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
 #pragma unroll
       for (int i = 0; i < Traits::kVecs; ++i) acc = vecs[g][i].max_abs(acc);
       amax = team_max<Traits::kTeam>(Elements<T>::amax_bits(acc));
-    } else if (scale_offsets[g] != kNoGroup) {
+    } else if (exists) {
       const Group group = p.grouping.group(first + g * Traits::kTeams);
       amax = *p.amax.at<uint32_t>(group.unit, group.grid_row, group.grid_col);
     }
 
     // Make the scale.
     const uint32_t stored = stored_scale(float_of(amax), p.fp8_type, p.pow2, p.scale_type);
-    if (lane == 0 && scale_offsets[g] != kNoGroup) store_scale(stored, p.scale.data, scale_offsets[g], p.scale_type);
+    if (lane == 0 && exists) store_scale(stored, p.scale.data, scale_offsets[g], p.scale_type);
     const ScaleDivider divide(scale_value(stored, p.scale_type));
 
     // Cast and store. The positions are computed anew, which is cheaper than the registers to keep them: the
@@ -120,9 +131,9 @@ void launch_smallest_that_fits(const QuantizeParams& params, bool aligned, cudaS
     launch<Candidate>(params, aligned, stream);
     return true;
   };
-  const bool launched = fits(Traits<T, 4, 1, 4>{}) || fits(Traits<T, 16, 1, 4>{}) || fits(Traits<T, 32, 4, 1>{}) ||
-                        fits(Traits<T, 128, 4, 1>{}) || fits(Traits<T, 256, 4, 1>{}) ||
-                        fits(Traits<T, 256, 8, 1>{}) || fits(LargestOfAny<T>{});
+  const bool launched = fits(Traits<T, 2, 2, 2>{}) || fits(Traits<T, 8, 2, 2>{}) || fits(Traits<T, 32, 4, 1>{}) ||
+                        fits(Traits<T, 64, 4, 1>{}) || fits(Traits<T, 128, 4, 1>{}) ||
+                        fits(Traits<T, 256, 4, 1>{}) || fits(Traits<T, 256, 8, 1>{}) || fits(LargestOfAny<T>{});
   if constexpr (sizeof(T) == 2) {
     if (!launched) launch_kernel<Largest<T>, true>(params, stream);
   }

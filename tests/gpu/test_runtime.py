@@ -1,0 +1,187 @@
+"""How the ops behave as GPU work: launches, memory, streams, graphs, compilation, determinism."""
+
+import pytest
+import torch
+
+import fp8_kernels as fk
+from fp8_kernels.testing import assert_same_bits
+
+pytestmark = pytest.mark.gpu
+
+SCHEMES = ["per_tensor", "per_channel", "per_block", "per_group", "mxfp8"]
+SHAPES = [(64, 256), (1024, 2048), (8, 512, 1024)]  # fits one thread block; does not; experts that do not
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    if request.param not in fk.available_backends("cuda"):
+        pytest.skip(f"backend {request.param!r} is not available here")
+    return request.param
+
+
+def weight(shape):
+    return (torch.randn(shape) * 0.02).bfloat16().cuda()
+
+
+def empty_outputs(w, scheme):
+    scheme = fk.schemes.as_scheme(scheme)
+    q = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device="cuda")
+    return q, torch.empty(scheme.scale_shape(w.shape), dtype=scheme.scale_dtype, device="cuda")
+
+
+def check(out, w, scheme):
+    for actual, want, what in zip(out, fk.quantize(w.cpu(), scheme), ("q", "scale"), strict=True):
+        assert_same_bits(actual.cpu(), want, what)
+
+
+def launches(call):
+    """Names of the kernels (and sets and copies) that a call runs on the GPU."""
+    call()  # compiles and loads what there is to compile and load
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_launches(shape, scheme, backend):
+    """One launch where one read suffices or the amax is given, two for a scale over a whole weight; experts batched."""
+    w = weight(shape)
+    out = empty_outputs(w, scheme)
+    amax = fk.amax(w, scheme)
+    names = launches(lambda: fk.quantize(w, scheme, out=out, backend=backend))
+    assert len(names) <= (2 if scheme == "per_tensor" else 1), names
+    names = launches(lambda: fk.quantize(w, scheme, out=out, amax=amax, backend=backend))
+    assert len(names) == 1, names
+    names = launches(lambda: fk.amax(w, scheme, out=amax, backend=backend))
+    assert len(names) <= (2 if scheme == "per_tensor" else 1), names
+    names = launches(lambda: fk.dequantize(*out, scheme=scheme, out=w, backend=backend))
+    assert len(names) == 1, names
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_allocates_nothing_but_a_few_kilobytes(scheme, backend):
+    """No temporary grows with the weight."""
+    w = weight((16, 1024, 2048))
+    out = empty_outputs(w, scheme)
+    fk.quantize(w, scheme, out=out, backend=backend)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fk.quantize(w, scheme, out=out, backend=backend)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 64 * 1024
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_captured_graph_quantizes_new_data(shape, scheme, backend):
+    """Capture once, replay on other weights: same bits as a call."""
+    w = weight(shape)
+    out = empty_outputs(w, scheme)
+    amax = torch.empty(fk.schemes.as_scheme(scheme).scale_shape(shape), device="cuda")
+    for _ in range(2):  # Triton compiles outside of the capture
+        fk.quantize(w, scheme, out=out, backend=backend)
+        fk.amax(w, scheme, out=amax, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fk.quantize(w, scheme, out=out, backend=backend)
+        fk.amax(w, scheme, out=amax, backend=backend)
+    for factor in (1, 100):
+        w.copy_(weight(shape) * factor)
+        graph.replay()
+        check(out, w, scheme)
+        assert_same_bits(amax.cpu(), fk.amax(w.cpu(), scheme), "amax")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_runs_on_the_current_stream(scheme, backend):
+    """Work queued before it on a side stream is done before it reads."""
+    new, w = weight((512, 2048)), weight((512, 2048))
+    out = empty_outputs(w, scheme)
+    fk.quantize(w, scheme, out=out, backend=backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # about 10 ms
+        w.copy_(new)
+        fk.quantize(w, scheme, out=out, backend=backend)
+    side.synchronize()
+    check(out, new, scheme)
+
+
+def test_repeated_calls_give_the_same_bits(backend):
+    """No atomics in floating point, no races: twenty runs over one large weight."""
+    w = weight((4096, 4096))
+    for scheme in SCHEMES:
+        first = fk.quantize(w, scheme, backend=backend)
+        for _ in range(20):
+            for actual, want in zip(fk.quantize(w, scheme, backend=backend), first, strict=True):
+                assert_same_bits(actual, want)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    """torch.compile(fullgraph=True), the ops among others, equal to eager."""
+
+    def f(w, scheme):
+        q, scale = fk.quantize(w * 2, scheme)
+        return q, scale, fk.amax(w, scheme), fk.dequantize(q, scale, scheme=scheme) + 1
+
+    w = weight((3, 130, 576))
+    for scheme in SCHEMES:
+        compiled = torch.compile(f, fullgraph=True)
+        for actual, want in zip(compiled(w, scheme), f(w, scheme), strict=True):
+            assert_same_bits(actual, want)
+
+
+def test_opcheck():
+    """Schemas, fakes and autograd registration are consistent on CUDA tensors."""
+    w = weight((2, 33, 576))
+    q, scale = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(2, 33, 1, device="cuda")
+    fk.quantize(w, "per_channel", out=(q, scale))
+    ops = torch.ops.fp8_kernels
+    # opcheck compares the mutated arguments of two runs, which FP8 tensors do not support everywhere.
+    names = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ops.amax_out.default, (w, scale.clone(), 1, -1, False), test_utils=names)
+    torch.library.opcheck(ops.dequantize_out.default, (q, scale, torch.empty_like(w), 1, -1), test_utils=names)
+    torch.library.opcheck(ops.quantize_out.default, (w, None, q, scale, 1, -1, False), test_utils=names[1:])
+    torch.library.opcheck(ops.quantize_out.default, (w, scale.clone(), q, scale, 1, -1, False), test_utils=names[1:])
+
+
+def test_the_ops_refuse_what_they_would_read_or_write_out_of_bounds():
+    """A direct call of the CUDA op with a wrong shape, dtype or device raises and writes nothing."""
+    if "cuda" not in fk.available_backends("cuda"):
+        pytest.skip("the CUDA extension is not available here")
+    op = torch.ops.fp8_kernels.quantize_out
+    w, q, scale = (
+        weight((1, 4, 8)),
+        torch.zeros(1, 4, 8, dtype=torch.float8_e4m3fn, device="cuda"),
+        torch.zeros(1, 4, 1),
+    )
+    good = scale.cuda()
+    for arguments, message in [
+        ((w, None, q, scale, 1, -1, False), "`scale` must be on the CUDA device"),
+        ((w, None, q[:, :3], good, 1, -1, False), r"`q` must have shape \[1, 4, 8\]"),
+        ((w, None, q, good[:, :2], 1, -1, False), r"`scale` must have shape \[1, 4, 1\]"),
+        ((w, good.half(), q, good, 1, -1, False), "`amax` must be float32"),
+        ((w.int(), None, q, good, 1, -1, False), "`w` must be float32, float16 or bfloat16"),
+        ((w, None, w, good, 1, -1, False), "`q` must be float8_e4m3fn or float8_e5m2"),
+        ((w, None, q, good.half(), 1, -1, False), "`scale` must be float32, bfloat16 or float8_e8m0fnu"),
+        ((w, None, q, good, 0, -1, False), "block sizes must be positive or -1, got 0 and -1"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+    assert not q.view(torch.uint8).any() and not good.any()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_device(backend):
+    """Whatever the current device is."""
+    w = weight((256, 2048)).to("cuda:1")
+    with torch.cuda.device(0):
+        for scheme in SCHEMES:
+            check(fk.quantize(w, scheme, backend=backend), w, scheme)
+            assert torch.cuda.current_device() == 0
