@@ -18,7 +18,7 @@ def test_a_model_compared_with_itself_is_at_no_distance():
     sums = accuracy.Sums()
     sums.add(logits, logits, tokens)
     row = sums.row("per_channel", "none", 0.0)
-    assert (row.kl, row.top1) == (0, 1)
+    assert (row.kl, row.top1, row.top1_tied) == (0, 1, 1)
     assert row.ppl == row.ppl_original == pytest.approx(F.cross_entropy(logits[:-1], tokens[1:]).exp().item(), rel=1e-5)
 
 
@@ -33,6 +33,8 @@ def test_measures_equal_those_of_torch(num_tokens):
     assert sums.tokens == num_tokens and sums.targets == num_tokens - 1
     assert sums.kl == pytest.approx(F.kl_div(q, p, log_target=True, reduction="sum").item(), rel=1e-5)
     assert sums.same == (original.argmax(-1) == fp8.argmax(-1)).sum()
+    best = [set((row == row.max()).nonzero().flatten().tolist()) for row in original]
+    assert sums.tied == sum(fp8[i].argmax().item() in best[i] for i in range(num_tokens)) >= sums.same
     for nll, logits in ((sums.nll_original, p), (sums.nll, q)):
         assert nll == pytest.approx(F.nll_loss(logits[:-1], tokens[1:], reduction="sum").item(), rel=1e-5)
 
@@ -41,7 +43,7 @@ def test_bars_are_missed_one_by_one():
     """A measure beyond its bar is named; activations have a bar of their own."""
 
     def misses(activation="none", kl=0.01, top1=0.95, ppl=10.0):
-        return accuracy.Row("per_channel", activation, kl, top1, 10.0, ppl, 0.0).misses
+        return accuracy.Row("per_channel", activation, kl, top1, 1.0, 10.0, ppl, 0.0).misses
 
     assert misses() == []
     assert misses(kl=0.031) == ["KL <= 0.03"] and misses("dynamic", kl=0.031) == []
@@ -52,15 +54,17 @@ def test_bars_are_missed_one_by_one():
 
 
 def test_the_text_is_cut_into_windows():
-    """Tokens keep their order, the last window may be short, and a text that is too short is an error."""
+    """Tokens keep their order over windows and batches; too short a text or a broken window is an error."""
 
     def tokenizer(text, **_):
         return {"input_ids": torch.tensor([[ord(c) for c in text]])}
 
-    windows = accuracy.windows_of(tokenizer, "abcdefgh", 7, 3, "cpu")
-    assert ["".join(map(chr, w.tolist())) for w in windows] == ["abc", "def", "g"]
+    batches = accuracy.windows_of(tokenizer, "abcdefghijklmno", 10, 2, "cpu")
+    assert [["".join(map(chr, w)) for w in batch.tolist()] for batch in batches] == [["ab", "cd", "ef", "gh"], ["ij"]]
     with pytest.raises(ValueError, match="must have 9 tokens, got 8"):
         accuracy.windows_of(tokenizer, "abcdefgh", 9, 3, "cpu")
+    with pytest.raises(ValueError, match="multiple of `--window`"):
+        accuracy.windows_of(tokenizer, "abcdefgh", 8, 3, "cpu")
 
 
 def test_activations_are_switched_on_and_off():
@@ -73,18 +77,19 @@ def test_activations_are_switched_on_and_off():
             return x
 
     class Model(torch.nn.Module):
-        def __init__(self, inner):
+        def __init__(self):
             super().__init__()
-            self.inner = inner
+            self.inner = Watched(8, 8)
 
         def forward(self, tokens):
             self.inner(tokens)
             return type("Output", (), {"logits": F.one_hot(tokens, 16).float()})
 
-    rows = accuracy.compare(
-        Model(torch.nn.Identity()), Model(Watched(8, 8)), [torch.arange(5)] * 2, "x", ("none", "dynamic")
-    )
-    assert seen == [None, "dynamic"] * 2
+    batches = list(torch.arange(10).reshape(2, 1, 5))
+    original = accuracy.logits_of(Model(), batches)
+    seen.clear()
+    rows = accuracy.compare(original, Model(), batches, "x", ("none", "dynamic"))
+    assert seen == [None, None, "dynamic", "dynamic"]
     assert [(row.activation, row.kl) for row in rows] == [("none", 0), ("dynamic", 0)]
 
 
