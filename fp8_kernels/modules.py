@@ -77,7 +77,8 @@ class Fp8Linear(Fp8Module):
         weight_scale: `scheme.scale_dtype`, `scheme.scale_shape((out_features, in_features))`.
         bias: `bias_dtype` `[out_features]`, or None.
 
-    `forward` takes bf16, fp16 or fp32 `[..., in_features]` and returns `[..., out_features]` in that dtype.
+    `forward` takes bf16, fp16 or fp32 `[..., in_features]` and returns `[..., out_features]` in that dtype. It is for
+    inference: no gradient passes the rounding of activations.
     """
 
     def __init__(
