@@ -96,6 +96,19 @@ def test_a_view_marks_exactly_its_elements(case):
         assert torch.equal(painted, oracle)
 
 
+def test_padding_is_not_covered_by_any_kind_of_write():
+    """Boxes, strided rows and masks that reach into the padding leave it out, so what overlaps counts logical
+    elements only."""
+    everything = Region((6, 8), 0, (6, 8), (8, 1))
+    by_box, by_stride, by_mask = (Coverage((6, 8), (4, 5)) for _ in range(3))
+    by_box.add(everything)
+    for start in (0, 8):
+        by_stride.add(Region((6, 8), start, (3, 8), (16, 1)))
+    by_mask.add_mask(torch.ones(6, 8, dtype=torch.bool))
+    for coverage in (by_box, by_stride, by_mask):
+        assert coverage.complete and coverage.overlap(everything) == 20
+
+
 def test_shards_in_order_stay_one_band():
     """The cost of a shard does not grow with the shards before it."""
     coverage = Coverage((4096, 576))

@@ -141,6 +141,21 @@ def test_tied_parameter(shared):
     with pytest.raises(ConflictingShardError, match="a.weight"):
         load(build(), loading(w + 1))
 
+    def twice(read):
+        def run(params):
+            p = params["a.weight"].data
+            p.copy_(w)
+            p.copy_(p * 2 if read else w * 2)
+            params["c.weight"].data.copy_(w[:3, :5])
+
+        return run
+
+    model = build()
+    load(model, twice(read=True))  # a composed loader
+    assert_quantized(model, "b.weight", w * 2)
+    with pytest.raises(ConflictingShardError, match="one tensor under the names `a.weight`, `b.weight`"):
+        load(build(), twice(read=False))
+
 
 @pytest.mark.parametrize("real", [True, False])
 def test_tied_pass_through(real):
@@ -300,8 +315,15 @@ def test_late_second_pass(scheme):
     ):
         with pytest.raises(ConflictingShardError, match="fc.weight"):
             load(Model(fc=(130, 260), fc2=(3, 5)), loading(again), scheme)
-    with pytest.raises(LoadError, match="quantized already; mul_ cannot change it"):
-        load(Model(fc=(130, 260), fc2=(3, 5)), loading(lambda p: p.mul_(2)), scheme)
+    rows = torch.tensor([1, 5])
+    for name, change in (
+        ("mul_", lambda p: p.mul_(2)),
+        ("index_put_", lambda p: p.index_put_((rows,), w[rows], accumulate=True)),
+        ("scatter_", lambda p: p.scatter_(0, rows[:, None].expand(-1, 260), w[rows], reduce="add")),
+        ("index_add_", lambda p: p.index_add_(0, rows, w[rows])),
+    ):
+        with pytest.raises(LoadError, match=f"quantized already; {name} cannot change it"):
+            load(Model(fc=(130, 260), fc2=(3, 5)), loading(change), scheme)
     with pytest.raises(LoadError, match="cannot be read: it is quantized already"):
         load(Model(fc=(130, 260), fc2=(3, 5)), loading(lambda p: p.sum()), scheme)
 
@@ -406,8 +428,12 @@ def test_padded_weight(scheme, logical):
         p[:rows, :cols].copy_(w)
         params["fc2.weight"].data.fill_(1)
         assert seen == ["fc.weight"]
+        again = torch.full((128, 576), 1000.0).bfloat16()  # a duplicate may bring padding of its own
+        again[:rows, :cols] = w
+        p.copy_(again)
+        p[::2].copy_(again[::2])
 
-    load(
+    loader = load(
         model,
         loading,
         scheme,
@@ -417,6 +443,7 @@ def test_padded_weight(scheme, logical):
     padded = torch.zeros(128, 576).bfloat16()
     padded[:rows, :cols] = w
     assert_quantized(model, "fc.weight", padded, scheme)
+    assert loader.report.duplicates == ["fc.weight", "fc.weight, a part"]
 
 
 def test_padded_pass_through():
@@ -615,6 +642,20 @@ def test_tied_while_loading():
     load(model, loading)
     assert model.a.weight is model.b.weight and model.a.weight_scale is model.b.weight_scale
     assert_quantized(model, "b.weight", w)
+
+
+def test_tied_while_loading_in_high_precision():
+    """The same for tensors that pass through: tied before anything arrived, so the second name holds no data yet."""
+    model, w = nn.Module(), values(10, 36)
+    model.embed = nn.Embedding(10, 36, device="meta", dtype=torch.bfloat16)
+    model.lm_head = nn.Linear(36, 10, bias=False, device="meta", dtype=torch.bfloat16)
+
+    def loading(params):
+        model.lm_head.weight = model.embed.weight
+        params["embed.weight"].data.copy_(w)
+
+    load(model, loading)
+    assert model.lm_head.weight is model.embed.weight and torch.equal(model.embed.weight, w)
 
 
 def test_numpy_or_dlpack_alias():
