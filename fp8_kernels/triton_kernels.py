@@ -191,10 +191,10 @@ def _program(split, tiles_n, tiles_k, R: tl.constexpr, G: tl.constexpr, SHARED: 
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     tile = program // split
-    group_n = (tile // tiles_k) % tiles_n * (1 if SHARED else R)
-    group_k = tile % tiles_k * G
-    unit = tile // tiles_k // tiles_n
-    return unit.to(tl.int64), group_n.to(tl.int64), group_k.to(tl.int64), program % split
+    group_n = (tile // tiles_k % tiles_n).to(tl.int64) * (1 if SHARED else R)
+    group_k = (tile % tiles_k).to(tl.int64) * G
+    unit = (tile // tiles_k // tiles_n).to(tl.int64)
+    return unit, group_n, group_k, program % split
 
 
 @triton.jit
@@ -207,15 +207,8 @@ def _groups(group_n, group_k, grid_n, grid_k, R: tl.constexpr, G: tl.constexpr, 
 
 @triton.jit
 def _elements(
-    group_n,
-    group_k,
-    piece,
-    dims,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    SHARED: tl.constexpr,
-):
+    group_n, group_k, piece, dims, R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
     """Rows `[R, 1, 1]` and columns `[1, G, C]` of a piece of a tile, and which lie in the weight and the group."""
     num_rows, num_cols, block_n, block_k, pieces_k = dims
     r = (piece // pieces_k).to(tl.int64) * R + tl.arange(0, R)[:, None, None]

@@ -36,7 +36,8 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(autouse=True)
 def faithful_interpreter(monkeypatch):
     """Correct the interpreter in two places: a fused multiply-add rounds once, as on every GPU, where it rounds
-    the product as well; and bounds of loops become Python ints in a way that numpy 2.4 still allows."""
+    the product as well; and bounds of loops become Python ints in a way that numpy 2.4 still allows. Calls
+    between our functions skip a preparation of the language that the launch has made, a third of all time."""
 
     def create_fma(self, x, y, z):
         x, y, z = (np.asarray(v.data, dtype=np.float64) for v in (x, y, z))
@@ -55,8 +56,13 @@ def faithful_interpreter(monkeypatch):
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    original = interpreter._patch_lang_tensor
+    def call(self, *args, **kwargs):
+        ours = self.fn.__module__ in (__name__, triton_kernels.__name__)
+        return self.rewrite()(*args, **kwargs) if ours else original_call(self, *args, **kwargs)
+
+    original, original_call = interpreter._patch_lang_tensor, interpreter.InterpretedFunction.__call__
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
@@ -109,7 +115,7 @@ def weight(*shape, dtype=torch.bfloat16):
 @pytest.mark.parametrize("block_n, block_k", BLOCKS)
 def test_every_scheme_and_dtype(block_n, block_k, dtype, fp8_dtype):
     """Codes, scales, amaxes and the way back, on sizes that no tile divides."""
-    w = weight(2, 19, 150, dtype=dtype)
+    w = weight(2, 5, 150, dtype=dtype)
     check_quantize(w, fp8_dtype, block_n, block_k)
     check_amax(w, block_n, block_k)
     q, scale = reference.quantize(w, fp8_dtype, block_n, block_k)
@@ -122,9 +128,9 @@ def test_every_scheme_and_dtype(block_n, block_k, dtype, fp8_dtype):
 @pytest.mark.parametrize("block_n, block_k", [(1, 32), (1, WHOLE), (WHOLE, WHOLE), (16, 16)])
 def test_every_kind_of_scale(block_n, block_k, pow2, scale_dtype):
     """Powers of two, e8m0 and bf16 scales, and the weights divided by what was stored."""
-    w = weight(2, 17, 70) * torch.logspace(-30, 30, 17)[:, None].bfloat16()
+    w = weight(1, 17, 70) * torch.logspace(-30, 30, 17)[:, None].bfloat16()
     w[0, 3] = 0
-    w[1, 5, 7], w[1, 6, 8] = NAN, -INF
+    w[0, 5, 7], w[0, 6, 8] = NAN, -INF
     for fp8_dtype in FP8:
         check_quantize(w, fp8_dtype, block_n, block_k, pow2, scale_dtype)
         q, scale = reference.quantize(w, fp8_dtype, block_n, block_k, pow2, scale_dtype)
@@ -175,8 +181,8 @@ def test_amax_from_outside(fp8_dtype, pow2):
 @pytest.mark.parametrize("block_n, block_k", BLOCKS)
 def test_given_amax_equals_found_amax(block_n, block_k):
     """The cast alone, after the amax alone, is the whole."""
-    w = weight(2, 19, 150)
-    amax = torch.empty(2, *grid(19, 150, block_n, block_k))
+    w = weight(2, 5, 150)
+    amax = torch.empty(2, *grid(5, 150, block_n, block_k))
     triton_kernels.amax_out(w, amax, block_n, block_k, False)
     check_quantize(w, torch.float8_e4m3fn, block_n, block_k, amax=amax)
 
@@ -277,15 +283,15 @@ def test_any_rectangle_of_any_view(shape, block, dtype, step, offset, transposed
 
 
 @pytest.mark.parametrize("block_n, block_k", [(WHOLE, WHOLE), (1, WHOLE), (1, 32), (16, 16)])
-@pytest.mark.parametrize("offset", [0, 1, 3, 8, 16, 40])
+@pytest.mark.parametrize("offset", [0, 1, 16, 40])
 def test_nothing_is_written_beside_the_output(block_n, block_k, offset):
     """Codes and scales go to shifted, strided or transposed views and leave what surrounds them alone."""
-    w = weight(2, 19, 45)
+    w = weight(2, 9, 45)
     wanted_q, wanted_scale = reference.quantize(w, torch.float8_e4m3fn, block_n, block_k)
     for transposed in (False, True):
         buffer = torch.full((2, 30, 100), 0xA5, dtype=torch.uint8)
         scales = torch.full((2, 30, 100), -7.0)
-        q = buffer.mT[:, offset : offset + 45, 3:22].mT if transposed else buffer[:, 3:22, offset : offset + 45]
+        q = buffer.mT[:, offset : offset + 45, 3:12].mT if transposed else buffer[:, 3:12, offset : offset + 45]
         scale = scales[:, 5 : 5 + wanted_scale.shape[1], 1 : 1 + 3 * wanted_scale.shape[2] : 3]
         triton_kernels.quantize_out(w, None, q.view(torch.float8_e4m3fn), scale, block_n, block_k, False)
         check_equal("q", q.view(torch.float8_e4m3fn), wanted_q)
@@ -294,7 +300,7 @@ def test_nothing_is_written_beside_the_output(block_n, block_k, offset):
         scale.fill_(-7.0)
         assert (buffer == 0xA5).all() and (scales == -7.0).all()
         w_buffer = torch.full((2, 30, 100), -7.0, dtype=torch.bfloat16)
-        out = w_buffer[:, 3:22, offset : offset + 45]
+        out = w_buffer[:, 3:12, offset : offset + 45]
         check_dequantize(wanted_q, wanted_scale, torch.bfloat16, block_n, block_k, w=out)
         out.fill_(-7.0)
         assert (w_buffer == -7.0).all()
