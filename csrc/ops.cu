@@ -53,6 +53,7 @@ ScaleType scale_type(const Tensor& t) {
       return ScaleType::kFloat32;
     case ScalarType::BFloat16:
       return ScaleType::kBFloat16;
+    case ScalarType::Byte:  // as fp8_kernels/ops.py passes e8m0 scales
     case ScalarType::Float8_e8m0fnu:
       return ScaleType::kE8M0;
     default:

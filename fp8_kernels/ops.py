@@ -30,6 +30,9 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _OPS = ("quantize_out", "amax_out", "dequantize_out")
+# The registered ops take e8m0 scales as bytes: torch.compile's passes leave out every node that touches the dtype,
+# the one included that must replace a mutating op.
+_BYTES = {torch.float8_e8m0fnu: torch.uint8}
 
 
 def quantize(
@@ -66,7 +69,7 @@ def quantize(
     if out is None:
         _check_dtype("dtype", dtype, FP8_DTYPES)
         q = torch.empty(w.shape, dtype=dtype, device=w.device)
-        scale = torch.empty(shape, dtype=scheme.scale_dtype, device=w.device)
+        scale = torch.empty(shape, dtype=_BYTES.get(scheme.scale_dtype, scheme.scale_dtype), device=w.device)
     else:
         q, scale = out
         _check_tensor("out[0]", q, w.shape, FP8_DTYPES, w.device)
@@ -76,7 +79,7 @@ def quantize(
     op = _op("quantize_out", backend, w)
     for w_, amax_, q_, scale_ in _units(w, _as_grid(amax, w), q, _as_grid(scale, w)):
         op(w_, amax_, q_, scale_, *scheme.block, scheme.pow2)
-    return q, scale
+    return q, (scale if scale.dtype == scheme.scale_dtype else scale.view(scheme.scale_dtype))
 
 
 def amax(
@@ -177,8 +180,12 @@ def _block_of(q, scale):
 
 
 def _as_grid(scale, w):
-    """Scales as `[..., SN, SK]`: one scale a weight becomes a grid of one."""
-    return scale[..., None, None] if scale is not None and scale.ndim == w.ndim - 2 else scale
+    """Scales as `[..., SN, SK]`: one scale a weight becomes a grid of one; e8m0 as bytes, see `_BYTES`."""
+    if scale is None:
+        return None
+    if scale.dtype in _BYTES:
+        scale = scale.view(_BYTES[scale.dtype])
+    return scale[..., None, None] if scale.ndim == w.ndim - 2 else scale
 
 
 def _units(first, *rest):

@@ -18,6 +18,7 @@ def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
     if amax is None:
         amax = scale.new_empty(scale.shape, dtype=torch.float32)
         amax_out(w, amax, block_n, block_k, accumulate=False)
+    scale = _typed(scale)
     scale.copy_(reference.scale_from_amax(amax, q.dtype, pow2, scale.dtype))
     for unit, rows, groups in _chunks(w, block_n):
         q[unit, rows].copy_(reference.cast(w[unit, rows], scale[unit, groups], q.dtype, block_n, block_k))
@@ -35,8 +36,14 @@ def amax_out(w, amax, block_n, block_k, accumulate):
 
 def dequantize_out(q, scale, w, block_n, block_k):
     """Write `q * scale`; see `ops.dequantize`."""
+    scale = _typed(scale)
     for unit, rows, groups in _chunks(q, block_n):
         w[unit, rows].copy_(reference.dequantize(q[unit, rows], scale[unit, groups], w.dtype, block_n, block_k))
+
+
+def _typed(scale):
+    """Bytes are e8m0 scales."""
+    return scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
 
 
 def _chunks(w, block_n):
