@@ -299,7 +299,7 @@ def broken(tensors, how):
         ("unexpected", LoadError, r"no place for `model\.layers\.7\.mlp\.up_proj\.weight`"),
         ("shape", LoadError, r"up_proj\.weight` must have shape \(320, 192\), got \(192, 320\)"),
         ("nan", NonFiniteWeightError, r"model\.layers\.1\.mlp\.up_proj\.weight"),
-        ("fp8", Exception, r"model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("fp8", LoadError, r"model\.layers\.1\.mlp\.up_proj\.weight"),
     ],
 )
 def test_bad_checkpoint_is_named_and_leaves_the_model_as_it_was(folders, how, error, message):
