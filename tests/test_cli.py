@@ -29,10 +29,10 @@ def checkpoint(tmp_path):
 
 def test_plan_shows_every_decision_and_loads_nothing(checkpoint, capsys):
     """Layers of one kind share a row; what is kept says why; sizes add up."""
-    assert cli.main(["plan", str(checkpoint), "--ignore", "model.layers.1"]) == 0
+    assert cli.main(["plan", str(checkpoint), "--ignore", "model.layers.1.mlp"]) == 0
     out = capsys.readouterr().out
-    assert "model.layers.*.mlp.down_proj.weight" in out and "FP8 per_channel" in out
-    assert "(embedding)" in out and "(ignore='model.layers.1')" in out
+    assert "model.layers.*.self_attn.q_proj.weight" in out and "FP8 per_channel" in out
+    assert "(embedding)" in out and "(ignore='model.layers.1.mlp')" in out
     assert cli.main(["plan", str(checkpoint), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     state = tiny.tensors()

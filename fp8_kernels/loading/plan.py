@@ -6,8 +6,6 @@ Everything a checkpoint can hold is in the plan: parameters and persistent buffe
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,8 +13,8 @@ import torch
 
 from ..errors import UnmatchedPatternError
 from ..ops import FP8_DTYPES
-from ..schemes import Scheme, scheme_name
-from .report import size_text
+from ..schemes import Scheme
+from .forecast import Decision, Forecast
 from .rules import Rules, matches
 
 
@@ -36,7 +34,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class Entry(Decision):
     """One storage of the model.
 
     Attributes:
@@ -73,30 +71,12 @@ class Entry:
     def on_meta(self) -> bool:
         return self.tensors[0].is_meta
 
-    @property
-    def num_units(self) -> int:
-        """Units to quantize: one an expert, one for a weight of two dimensions, 0 for pass-through."""
-        return math.prod(self.shape[:-2]) if self.scheme else 0
-
-    @property
-    def unit_bytes(self) -> int:
-        """High-precision bytes of one unit."""
-        return math.prod(self.shape[-2:]) * self.dtype.itemsize if self.scheme else 0
-
-    @property
-    def bytes_in(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def bytes_out(self) -> int:
-        """Resident bytes: FP8 codes and scales, or the tensor itself."""
-        if self.scheme is None:
-            return self.bytes_in
-        return math.prod(self.shape) + math.prod(self.scheme.scale_shape(self.shape)) * self.scheme.scale_dtype.itemsize
+    def as_dict(self):
+        return {**super().as_dict(), "names": list(self.names), "logical_shape": list(self.logical)}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Forecast):
     """Made by `make_plan`. Prints as a table, layers of the same kind in one row.
 
     Attributes:
@@ -108,34 +88,8 @@ class Plan:
     rebuild: tuple[str, ...] = field(default=())
 
     @property
-    def quantized(self) -> tuple[Entry, ...]:
-        return tuple(e for e in self.entries if e.scheme)
-
-    @property
-    def passed_through(self) -> tuple[Entry, ...]:
-        return tuple(e for e in self.entries if not e.scheme)
-
-    @property
-    def bytes_in(self) -> int:
-        return sum(e.bytes_in for e in self.entries)
-
-    @property
-    def resident(self) -> int:
-        """Bytes of the FP8 model."""
-        return sum(e.bytes_out for e in self.entries)
-
-    @property
-    def largest_unit(self) -> int:
-        """High-precision bytes of the largest unit."""
-        return max((e.unit_bytes for e in self.entries), default=0)
-
-    @property
-    def peak(self) -> int:
-        """Forecast: the FP8 model, a unit being filled and a complete one.
-
-        For data of the parameters' dtypes that arrives unit by unit; every further open unit adds its size.
-        """
-        return self.resident + 2 * self.largest_unit
+    def decisions(self) -> tuple[Entry, ...]:
+        return self.entries
 
     def check_loadable(self):
         """Raise ValueError for what `LayerwiseLoader` cannot load; the message names the way out."""
@@ -161,52 +115,14 @@ class Plan:
                         f"`{place.leaf}_scale`; name the weight in `ignore`"
                     )
 
-    def as_dict(self) -> dict:
-        """For `--json`."""
-        return {
-            "bytes_in": self.bytes_in,
-            "resident": self.resident,
-            "largest_unit": self.largest_unit,
-            "peak": self.peak,
-            "rebuild": list(self.rebuild),
-            "tensors": [
-                {
-                    "name": e.name,
-                    "names": list(e.names),
-                    "shape": list(e.shape),
-                    "logical_shape": list(e.logical),
-                    "dtype": _short(e.dtype),
-                    "scheme": e.scheme and scheme_name(e.scheme),
-                    "why": e.why,
-                    "units": e.num_units,
-                }
-                for e in self.entries
-            ],
-        }
+    def as_dict(self):
+        return {**super().as_dict(), "rebuild": list(self.rebuild)}
 
     def __str__(self):
-        rows = [("tensor", "count", "shape", "becomes", "size")]
-        kinds: dict[tuple, list[Entry]] = {}
-        for e in self.entries:
-            kind = re.sub(r"(?<![^.])\d+(?=\.)", "*", e.name)  # numbers between dots: layers, experts
-            kinds.setdefault((kind, e.shape, e.dtype, e.scheme, e.why), []).append(e)
-        for (name, shape, dtype, scheme, why), members in kinds.items():
-            becomes = f"FP8 {scheme_name(scheme)}" if scheme else f"{_short(dtype)} ({why})"
-            size = size_text(sum(e.bytes_out for e in members))
-            name = name if len(members) > 1 else members[0].name
-            rows.append((name, str(len(members)), "x".join(map(str, shape)) or "scalar", becomes, size))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [
-            "",
-            f"{len(self.quantized)} of {len(self.entries)} tensors become FP8, "
-            f"in {sum(e.num_units for e in self.entries)} units, the largest {size_text(self.largest_unit)}",
-            f"{size_text(self.bytes_in)} in, {size_text(self.resident)} resident, "
-            f"peak {size_text(self.peak)} (resident and two of the largest units)",
-        ]
+        table = super().__str__()
         if self.rebuild:
-            lines.append(f"not in any checkpoint, to be rebuilt by the model's owner: {_listed(self.rebuild)}")
-        return "\n".join(lines)
+            table += f"\nnot in any checkpoint, to be rebuilt by the model's owner: {_listed(self.rebuild)}"
+        return table
 
 
 def make_plan(
@@ -328,7 +244,3 @@ def _check_logical(name, logical, shape, scheme):
 def _listed(names, limit=8):
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(f"`{name}`" for name in names[:limit]) + more
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")
