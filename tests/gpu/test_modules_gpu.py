@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 import fp8_kernels as fk
+from fp8_kernels import linear as fp8
 from fp8_kernels import modules
 from fp8_kernels.load import load_checkpoint, load_model
 
 from .. import models
-from ..test_modules import DTYPES, SCHEMES, quantized_linear, relative_error
+from ..test_linear import DTYPES, SCHEMES, quantized_linear, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -30,9 +31,9 @@ def test_scaled_mm_path_equals_dequantizing_path(tokens, k, n, scheme, dtype):
         pytest.skip("no FP8 matrix units")
     linear = quantized_linear(k, n, scheme, dtype).cuda()
     weight, scale = linear.weight, linear.weight_scale
-    assert modules._scaled_mm_takes(weight, fk.schemes.as_scheme(scheme))
+    assert fp8.scaled_mm_takes(weight, fk.schemes.as_scheme(scheme))
     codes, token_scale = fk.quantize(torch.randn(tokens, k, dtype=dtype, device="cuda"), "per_channel")
-    y = modules.scaled_mm_linear(codes, token_scale, weight, scale, linear.bias, dtype)
+    y = fp8.scaled_mm_linear(codes, token_scale, weight, scale, linear.bias, dtype)
     x, w = (fk.dequantize(*pair, torch.float32).double() for pair in ((codes, token_scale), (weight, scale)))
     expected = F.linear(x, w, linear.bias.double())
     assert y.dtype == dtype and y.shape == (tokens, n)
