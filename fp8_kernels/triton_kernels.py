@@ -10,6 +10,9 @@ Wherever the hardware's or the compiler's own conversion is not exact, or not th
 conversion is integer arithmetic here. FP8 tensors are passed as uint8, so that devices whose Triton backend
 has no FP8 type run too. Tile sizes follow from the shapes by rule: an autotuner would make the first load of
 each shape slow, and measure during it.
+
+In the order of reading, and in one file because all three kernels need all of it: numbers, places, kernels,
+launchers.
 """
 
 from functools import lru_cache
@@ -300,8 +303,8 @@ def _quantize_kernel(
         group_amax = _from_abs_bits(_group_max(bits, SHARED), w.dtype.element_ty)
 
     stored, group_scale = _scale_from_amax(group_amax, scale.dtype.element_ty, FP8_MAX, POW2)
-    pointers = scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k
-    tl.store(pointers, stored, mask=g_mask & (first == 0))
+    if first == 0:
+        tl.store(scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k, stored, mask=g_mask)
 
     code = _encode(_divide(_widen(x), group_scale, BOUNDED), FP8_MAX, NATIVE)
     tl.store(q + row * q_stride_n + col * q_stride_k, code, mask=mask)
