@@ -17,7 +17,7 @@ def test_a_model_compared_with_itself_is_at_no_distance():
     logits, tokens = torch.randn(600, 50), torch.randint(50, (600,))
     sums = accuracy.Sums()
     sums.add(logits, logits, tokens)
-    row = sums.row("per_channel", "none", 0.0)
+    row = sums.row("per_channel", "none")
     assert (row.kl, row.top1, row.top1_tied) == (0, 1, 1)
     assert row.ppl == row.ppl_original == pytest.approx(F.cross_entropy(logits[:-1], tokens[1:]).exp().item(), rel=1e-5)
 
@@ -43,7 +43,7 @@ def test_bars_are_missed_one_by_one():
     """A measure beyond its bar is named; activations have a bar of their own."""
 
     def misses(activation="none", kl=0.01, top1=0.95, ppl=10.0):
-        return accuracy.Row("per_channel", activation, kl, top1, 1.0, 10.0, ppl, 0.0).misses
+        return accuracy.Row("per_channel", activation, kl, top1, 1.0, 10.0, ppl).misses
 
     assert misses() == []
     assert misses(kl=0.031) == ["KL <= 0.03"] and misses("dynamic", kl=0.031) == []
