@@ -1,0 +1,422 @@
+"""How fast are the kernels, beside everybody else's? Measures on a CUDA GPU, saves JSON, prints a table.
+
+    python -m bench.kernels [--shapes 4096x4096 128x1536x2048 ...] [--schemes per_tensor cast ...]
+                            [--backends cuda triton] [--peers DIR] [--json FILE] [--quick]
+    python -m bench.kernels --table FILE    # the table of results saved before; needs no GPU
+
+Per weight, kind of call and implementation, each with the L2 cache flushed:
+
+    graph   GPU time of one replay of the call captured in a CUDA graph: no host in it
+    call    from an idle GPU: host time from before the call until its result is there
+    host    the part of `call` after which the host is free again
+
+Every result is compared with the weight that it came from; an implementation that is wrong is no one's rival.
+The exit code is 2 without a GPU, 1 where one of our own backends failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fp8_kernels as fk
+from bench import peers
+from fp8_kernels.schemes import as_scheme
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = (
+    (4096, 4096),
+    (14336, 4096),
+    (28672, 8192),
+    (128, 1536, 2048),
+    (60, 2816, 2048),
+    (64, 2048, 2048),
+    (8, 28672, 4096),
+)
+# What is timed: quantize by scheme; its two halves for per_tensor; the way back for per_channel.
+QUANTIZE = ("per_tensor", "per_channel", "per_block", "per_group", "mxfp8")
+CASES = (*QUANTIZE, "cast", "amax", "dequantize")
+DEFAULT_CASES = tuple(case for case in CASES if case != "mxfp8")
+SCHEME_OF = {
+    **{case: case for case in QUANTIZE},
+    "cast": "per_tensor",
+    "amax": "per_tensor",
+    "dequantize": "per_channel",
+}
+FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
+CEILING_BYTES = 1 << 30  # read by the copy that stands for the memory's bandwidth
+MAX_ERROR = 0.05  # relative, of quantized normal numbers; e4m3 gives 0.026
+
+
+# Bytes.
+
+
+def must_move(case: str, shape: tuple[int, ...], reads: int = 1) -> int:
+    """Bytes that no implementation can avoid for a bf16 weight of that shape.
+
+    Args:
+        reads: how often the weight is read; twice is the least for one scale over more than a chip holds.
+    """
+    numel, num_scales = 1, 1
+    for size in shape:
+        numel *= size
+    scheme = as_scheme(SCHEME_OF[case])
+    for size in scheme.scale_shape(shape):
+        num_scales *= size
+    scales = num_scales * scheme.scale_dtype.itemsize
+    if case == "amax":
+        return 2 * numel * reads + scales
+    if case == "dequantize":
+        return numel + scales + 2 * numel
+    given = scales if case == "cast" else 0
+    return 2 * numel * reads + given + numel + scales
+
+
+# Our own backends, in the form of the peers.
+
+
+def ours(case: str, backend: str):
+    """`bind(w) -> run` of one of our backends, writing into outputs allocated in advance."""
+    scheme = as_scheme(SCHEME_OF[case])
+
+    def bind(w):
+        q = torch.empty_like(w, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(scheme.scale_shape(w.shape), dtype=scheme.scale_dtype, device=w.device)
+        if case == "amax":
+            return lambda: fk.amax(w, scheme, out=scale, backend=backend)
+        if case == "cast":
+            found = fk.amax(w, scheme, backend=backend)
+            return lambda: fk.quantize(w, scheme, out=(q, scale), amax=found, backend=backend)
+        if case == "dequantize":
+            fk.quantize(w, scheme, out=(q, scale), backend=backend)
+            back = torch.empty_like(w)
+            return lambda: fk.dequantize(q, scale, scheme=scheme, out=back, backend=backend)
+        return lambda: fk.quantize(w, scheme, out=(q, scale), backend=backend)
+
+    return bind
+
+
+def relative_error(case: str, w: torch.Tensor, result) -> float | None:
+    """How far a call's result is from the weight; None where its layout is not one that we can read.
+
+    `|w - q * scale| / |w|`, the larger of that over the first and the last expert; of amax and dequantize the same
+    for what they return.
+    """
+    scheme = as_scheme(SCHEME_OF[case])
+    ends = slice(None, None, max(len(w) - 1, 1))  # the first expert and the last
+    experts = w[ends] if w.ndim == 3 else [w]
+    if isinstance(result, list):
+        parts = result[ends]
+    elif case in ("amax", "dequantize"):
+        parts = result.reshape(len(w), -1)[ends] if w.ndim == 3 else [result]
+    else:
+        q, scale = result
+        shape = scheme.scale_shape(w.shape)
+        if scale.numel() != torch.Size(shape).numel():
+            return None
+        q, scale = q.reshape(w.shape), scale.reshape(shape)
+        parts = list(zip(q[ends], scale[ends], strict=True)) if w.ndim == 3 else [(q, scale)]
+    worst = 0.0
+    for expert, part in zip(experts, parts, strict=True):
+        wanted = expert.abs().amax().float() if case == "amax" else expert.float()
+        if case in QUANTIZE or case == "cast":
+            q, scale = part
+            scale = scale.reshape(scheme.scale_shape(expert.shape))
+            part = fk.dequantize(q.contiguous(), scale.contiguous(), torch.float32, scheme, backend="reference")
+        got = part.float().reshape(wanted.shape)
+        worst = max(worst, ((got - wanted).norm() / wanted.norm()).item())
+    return worst
+
+
+# Time.
+
+
+class Clock:
+    """Times calls on the current GPU."""
+
+    def __init__(self, repeats: int):
+        self.repeats = repeats
+        self._cache = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self._sink = torch.empty((), dtype=torch.int32, device="cuda")
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def flush(self):
+        """Fill the L2 cache by reading: written lines would go to memory at the expense of the call that follows."""
+        torch.amax(self._cache, 0, out=self._sink)
+
+    def graph(self, run) -> dict:
+        """Microseconds of a replay on the GPU."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+        graph.replay()
+        start, end = self._events
+        times = []
+        for _ in range(self.repeats):
+            self.flush()
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        del result
+        return summary(times)
+
+    def call(self, run) -> tuple[dict, dict]:
+        """Microseconds of a plain call until its result is there, and until the host is free."""
+        whole, host = [], []
+        for _ in range(self.repeats):
+            self.flush()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            free = time.perf_counter()
+            torch.cuda.synchronize()
+            whole.append((time.perf_counter() - start) * 1e6)
+            host.append((free - start) * 1e6)
+        return summary(whole), summary(host)
+
+
+def summary(times: list[float]) -> dict:
+    """Median, and the range that holds the middle eight tenths."""
+    times = sorted(times)
+    cut = len(times) // 10
+    return {
+        "median": round(statistics.median(times), 2),
+        "low": round(times[cut], 2),
+        "high": round(times[-1 - cut], 2),
+    }
+
+
+def measure(row: dict, clock: Clock, w: torch.Tensor, bind):
+    """Fill in one row; what fails is recorded as the row's error, and whatever was measured before it stays."""
+    try:
+        began = time.perf_counter()
+        run = bind(w)
+        result = run()
+        torch.cuda.synchronize()
+        row["prepare_s"] = round(time.perf_counter() - began, 2)
+        row["relative_error"] = relative_error(row["case"], w, result)
+        del result
+        for _ in range(2):
+            run()
+        row["call_us"], row["host_us"] = clock.call(run)
+        row["graph_us"] = clock.graph(run)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        row["error"] = f"{type(error).__name__}: {first_line}"[:300]
+
+
+def machine() -> dict:
+    """What the numbers depend on."""
+    import triton
+
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "fp8_kernels": fk.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run_all(args, save) -> dict:
+    """Measure everything asked for; `save(results)` after each weight, so that a crash costs one weight."""
+    found, absent = peers.load(args.peers)
+    clock = Clock(5 if args.quick else 20)
+    source, target = torch.randn(2, CEILING_BYTES // 4, device="cuda")
+    copy = clock.graph(lambda: target.copy_(source))
+    results = {
+        "machine": machine(),
+        "repeats": clock.repeats,
+        "copy_tb_per_s": round(2 * CEILING_BYTES / copy["median"] / 1e6, 3),
+        "absent": absent,
+        "rows": [],
+    }
+    for compiled in (False,) if args.quick else (False, True):
+        for shape in args.shapes:
+            torch.manual_seed(0)
+            w = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+            for case in args.schemes:
+                rivals = {n: bind for n, bind in found.get(case, {}).items() if (n == peers.COMPILED) == compiled}
+                own = {} if compiled else {backend: ours(case, backend) for backend in args.backends}
+                for name, bind in {**own, **rivals}.items():
+                    row = {"shape": list(shape), "case": case, "name": name, "ours": name in own}
+                    measure(row, clock, w, bind)
+                    results["rows"].append(row)
+                    print(_line(row), file=sys.stderr, flush=True)
+                    torch.cuda.empty_cache()
+            save(results)
+    return results
+
+
+def _line(row):
+    what = f"{_size(row['shape'])} {row['case']} {row['name']}:"
+    if "error" in row:
+        return f"{what} {row['error']}"
+    graph, call = row["graph_us"]["median"], row["call_us"]["median"]
+    return f"{what} graph {graph} us, call {call} us, ready in {row['prepare_s']} s"
+
+
+# Tables.
+
+
+def table(results: dict) -> str:
+    """Markdown: one row a weight and case, our backends beside the fastest of the others."""
+    rows = results["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows if row["ours"]))
+    header = ["weight", "what", "floor", *names, "of floor", "TB/s", "fastest other", "its time", "times"]
+    header += [f"{name} {part}" for name in names for part in ("call", "host")]
+    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    lines[1][header.index("fastest other")] = "---"
+    for shape, case in dict.fromkeys((tuple(row["shape"]), row["case"]) for row in rows):
+        here = [row for row in rows if tuple(row["shape"]) == shape and row["case"] == case]
+        own = {row["name"]: row for row in here if row["ours"]}
+        measured = [_median(row, "graph_us") for row in own.values()]
+        best = min((us for us in measured if us is not None), default=None)
+        rivals = [row for row in here if not row["ours"] and _is_right(row)]
+        rival = min(rivals, key=lambda row: _median(row, "graph_us"), default=None)
+        floor = floor_us(case, shape, results["copy_tb_per_s"])
+        of_floor = "" if best is None else f"{floor / best:.2f}"
+        if best is not None and case == "per_tensor":
+            of_floor += f" ({floor_us(case, shape, results['copy_tb_per_s'], reads=2) / best:.2f})"
+        lines.append(
+            [
+                _size(shape),
+                case,
+                _number(floor),
+                *(_number(_median(own.get(name, {}), "graph_us")) for name in names),
+                of_floor,
+                "" if best is None else f"{must_move(case, shape) / best / 1e6:.2f}",
+                "" if rival is None else rival["name"],
+                "" if rival is None else _number(_median(rival, "graph_us")),
+                "" if rival is None or best is None else f"{_median(rival, 'graph_us') / best:.2f}",
+                *(_number(_median(own.get(name, {}), part)) for name in names for part in ("call_us", "host_us")),
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def peer_table(results: dict, shape: tuple[int, ...]) -> str:
+    """Markdown: everything measured on one weight, the fastest first in each case."""
+    lines = [["what", "name", "graph", "middle 80%", "TB/s", "call", "host"], ["---"] * 2 + ["---:"] * 5]
+    rows = [row for row in results["rows"] if tuple(row["shape"]) == tuple(shape)]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        here = [row for row in rows if row["case"] == case]
+        for row in sorted(here, key=lambda row: _median(row, "graph_us") or float("inf")):
+            graph = row.get("graph_us")
+            if graph is None:
+                note = row.get("error", "not measured")
+            else:
+                note = f"{_number(graph['low'])} to {_number(graph['high'])}"
+            rate = "" if graph is None else f"{must_move(case, shape) / graph['median'] / 1e6:.2f}"
+            name = row["name"] if _is_right(row) or graph is None else f"{row['name']} (wrong result)"
+            values = [_number(_median(row, part)) for part in ("graph_us", "call_us", "host_us")]
+            lines.append([case, name, values[0], note, rate, *values[1:]])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(results: dict) -> str:
+    """Markdown: the machine, the table, what is missing."""
+    about = results["machine"]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("driver", "torch", "triton", "fp8_kernels"))
+    parts = [
+        f"{about['gpu']}, {versions}, {about['date']}. Device-to-device copy: {results['copy_tb_per_s']:.2f} TB/s. "
+        f"Microseconds, medians of {results['repeats']}.",
+        table(results),
+    ]
+    failed = [_line(row) for row in results["rows"] if "error" in row]
+    left_out = [f"{library}: {reason}" for library, reason in results["absent"].items()]
+    for title, lines in (("Not measured", failed), ("Not here", left_out)):
+        if lines:
+            parts.append("\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def floor_us(case: str, shape: tuple[int, ...], copy_tb_per_s: float, reads: int = 1) -> float:
+    """Microseconds that the bytes which must move take at the bandwidth of a copy."""
+    return must_move(case, shape, reads) / copy_tb_per_s / 1e6
+
+
+def _median(row, part):
+    return row.get(part, {}).get("median")
+
+
+def _is_right(row):
+    """Measured, and not known to be wrong."""
+    error = row.get("relative_error")
+    return "graph_us" in row and (error is None or error <= MAX_ERROR)
+
+
+def _number(us):
+    if us is None:
+        return "-"
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}"
+
+
+def _size(shape):
+    return "x".join(map(str, shape))
+
+
+# Command line.
+
+
+def _shape(text):
+    if not re.fullmatch(r"\d+x\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"a shape must be NxK or ExNxK, got {text!r}")
+    return tuple(map(int, text.split("x")))
+
+
+def results_file(gpu: str) -> Path:
+    """Where results of that GPU go by default."""
+    return RESULTS / f"kernels_{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="SHAPE", help="NxK or ExNxK")
+    parser.add_argument(
+        "--schemes", nargs="+", choices=CASES, default=DEFAULT_CASES, metavar="SCHEME", help=", ".join(CASES)
+    )
+    parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), help="default: those that are there")
+    parser.add_argument("--peers", metavar="DIR", help="shared libraries of peers that are not installed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/kernels_<GPU>.json")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, no torch.compile")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of saved results, measure nothing")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(report(json.loads(args.table.read_text())))
+        return 0
+    if not torch.cuda.is_available():
+        print("bench.kernels needs a CUDA GPU, and torch sees none here", file=sys.stderr)
+        return 2
+    args.backends = args.backends or [b for b in ("cuda", "triton") if b in fk.available_backends("cuda")]
+    path = args.json or results_file(torch.cuda.get_device_name())
+
+    def save(results):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+    results = run_all(args, save)
+    print(report(results))
+    print(f"\nsaved in {path}")
+    return int(any(row["ours"] and not _is_right(row) for row in results["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
