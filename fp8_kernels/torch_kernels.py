@@ -10,7 +10,7 @@ import torch
 from . import reference
 from .schemes import WHOLE
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 
 
 def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
