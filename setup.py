@@ -75,6 +75,9 @@ class BuildCuda(build_ext):
             raise RuntimeError("FP8_KERNELS_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
         torch_root = Path(torch.__file__).parent
         target = Path(self.get_ext_fullpath(ext.name))
+        inputs = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
+        if not self.force and target.exists() and target.stat().st_mtime > max(f.stat().st_mtime for f in inputs):
+            return
         objects = Path(self.build_temp, "fp8_kernels")
         for folder in (target.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)

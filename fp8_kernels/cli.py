@@ -84,9 +84,11 @@ def load(args) -> int:
         results["fp8"] = _generate(model, args)
         lines.append(f"\nFP8:  {results['fp8']}")
     if args.compare:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, logging
 
         del model
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         original = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device)
         results["original"] = _generate(original, args)
         lines.append(f"{str(original.dtype).removeprefix('torch.')}: {results['original']}")
