@@ -9,6 +9,7 @@ import torch
 
 import fp8_kernels as fk
 from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
+from tests import models
 
 transformers = pytest.importorskip("transformers", minversion="5.17", reason="transformers is not installed")
 # transformers says so whenever `dequantize` is asked of a folder that has a config of its own.
@@ -87,17 +88,21 @@ def dequantizing(format):
     return configs[format](dequantize=True)
 
 
-@pytest.mark.parametrize("model,scheme,format", CHOICES)
+SMOLLM2 = [("smollm2", scheme, "compressed-tensors") for scheme in ("per_channel", "per_tensor")]
+
+
+@pytest.mark.parametrize("model,scheme,format", CHOICES + SMOLLM2)
 def test_the_loaded_model_is_the_dequantized_one(model, scheme, format, sources, tmp_path):
     """Every parameter and the logits, to the bit; and quantizing has changed the logits at all."""
-    quantize_checkpoint(sources[model], tmp_path / "fp8", scheme, format)
-    expected = dequantized(sources[model], tmp_path / "fp8", scheme, tmp_path / "ref")
+    source = models.smollm2() if model == "smollm2" else sources[model]
+    quantize_checkpoint(source, tmp_path / "fp8", scheme, format)
+    expected = dequantized(source, tmp_path / "fp8", scheme, tmp_path / "ref")
     loaded = load(tmp_path / "fp8", quantization_config=dequantizing(format))
     ours, theirs = dict(expected.named_parameters()), dict(loaded.named_parameters())
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert torch.equal(logits(loaded), logits(expected))
-    assert not torch.equal(logits(loaded), logits(load(sources[model])))
+    assert not torch.equal(logits(loaded), logits(load(source)))
 
 
 @pytest.mark.parametrize("model,scheme", [(model, scheme) for model, scheme, format in CHOICES if format != "fp8"])
