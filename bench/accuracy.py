@@ -118,15 +118,17 @@ def compare(original: list[torch.Tensor], fp8, windows: list[torch.Tensor], sche
     return rows
 
 
-def windows_of(tokenizer, text: str, num_tokens: int, window: int, device) -> list[torch.Tensor]:
-    """The first `num_tokens` tokens of the text in windows, batches of up to `_BATCH` of them: `[B, window]`.
+def windows_of(tokenizer, text: str, num_tokens: int | None, window: int, device) -> list[torch.Tensor]:
+    """The first `num_tokens` tokens of the text (None: all whole windows), batches of windows: `[B, window]`.
 
     Raises:
         ValueError: the text is shorter, or the windows do not come out even.
     """
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
-    if len(tokens) < num_tokens:
-        raise ValueError(f"the text must have {num_tokens} tokens, got {len(tokens)}")
+    if num_tokens is None:
+        num_tokens = len(tokens) // window * window
+    if len(tokens) < max(num_tokens, window):
+        raise ValueError(f"the text must have {max(num_tokens, window)} tokens, got {len(tokens)}")
     if num_tokens % window:
         raise ValueError(f"`--tokens` must be a multiple of `--window` ({window}), got {num_tokens}")
     return list(tokens[:num_tokens].reshape(-1, window).to(device).split(_BATCH))
@@ -166,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--activation", nargs="+", default=("none", "dynamic"), choices=tuple(MAX_KL))
     parser.add_argument("--text", type=Path, default=HERE / "data" / "text.txt")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, help="the first so many (default: all whole windows)")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to save (default: bench/results/accuracy_<device>.json)")
@@ -196,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         "model": Path(args.model).name,
         "dtype": str(dtype).removeprefix("torch."),
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "tokens": args.tokens,
+        "tokens": sum(batch.numel() for batch in windows),
         "window": args.window,
         "machine": where,
         "rows": [asdict(row) | {"misses": row.misses} for row in rows],
