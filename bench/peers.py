@@ -234,8 +234,8 @@ def _fbgemm(folder):
     torch.ops.load_library(_library(folder, "fbgemm", "fbgemm_gpu", pattern))
     ops = torch.ops.fbgemm
     return {
-        "per_tensor": {"FBGEMM": _each_expert(lambda w: lambda: ops.quantize_fp8_per_tensor(w))},
-        "per_channel": {"FBGEMM": _as_rows(lambda w: lambda: ops.quantize_fp8_per_row(w))},
+        "per_tensor": {"FBGEMM": _each_expert(lambda w: lambda: tuple(ops.quantize_fp8_per_tensor(w)))},
+        "per_channel": {"FBGEMM": _as_rows(lambda w: lambda: tuple(ops.quantize_fp8_per_row(w)))},
     }
 
 
@@ -374,8 +374,16 @@ def _sglang():
 def _torchao():
     blocks = _import("torchao.prototype.blockwise_fp8_training.kernels")
     rows = _import("torchao.prototype.moe_training.kernels.float8_rowwise")
+
+    def bind_row(w):
+        def run():
+            q, factor = rows.triton_fp8_rowwise_2d_scale_and_cast(w)
+            return q, factor.reciprocal()  # it returns what the weight was multiplied by
+
+        return run
+
     return {
-        "per_channel": {"torchao": _as_rows(lambda w: lambda: rows.triton_fp8_rowwise_2d_scale_and_cast(w))},
+        "per_channel": {"torchao": _as_rows(bind_row)},
         "per_block": {"torchao": _as_rows(lambda w: lambda: blocks.triton_fp8_blockwise_weight_quant_rhs(w, 128))},
         "per_group": {"torchao": _as_rows(lambda w: lambda: blocks.triton_fp8_blockwise_act_quant_lhs(w, 128))},
     }

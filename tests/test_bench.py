@@ -1,0 +1,180 @@
+"""bench.kernels and its tables: what they count, compare and print, and that they run where there is a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import kernels, peers, tables
+from fp8_kernels.testing import assert_same_bits
+
+ROOT = Path(kernels.__file__).parents[1]
+# A weight, experts, one expert: with blocks of 128 in both directions, more than one of each.
+SHAPES = [(256, 384), (3, 256, 384), (1, 128, 256)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", tables.CASES)
+def test_must_move_is_the_size_of_the_tensors_involved(case, shape):
+    """The bytes counted are those of the tensors that the operation takes and returns, here allocated for real."""
+    w = torch.randn(shape).bfloat16()
+    result = kernels.ours(case, "reference")(w)()
+    tensors = [w, *(result if isinstance(result, tuple) else [result])]
+    if case == "cast":
+        tensors.append(torch.empty(shape[:-2]))  # the amax that it was given
+    if case == "dequantize":
+        q, scale = kernels.ours("per_channel", "reference")(w)()
+        tensors = [q, scale, result]
+    assert tables.must_move(case, shape) == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_a_second_read_costs_the_weight_once_more():
+    """A two-pass kernel's bytes: 5 an element instead of 3, and the scale."""
+    once, twice = (tables.must_move("per_tensor", (7, 13), reads) for reads in (1, 2))
+    assert (once, twice) == (3 * 91 + 4, 5 * 91 + 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", [case for case in tables.CASES if case != "mxfp8"])
+def test_the_check_passes_ours_and_the_plain_formula(case, shape):
+    """What both return is within e4m3's rounding of the weight, and the two agree."""
+    w = torch.randn(shape).bfloat16()
+    found, _ = peers.load()
+    errors = [
+        kernels.relative_error(case, w, bind(w)()) for bind in (kernels.ours(case, "reference"), found[case]["torch"])
+    ]
+    assert errors[0] == errors[1] if case == "amax" else max(errors) <= tables.MAX_ERROR
+    assert (case == "amax") == (errors[0] == 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", tables.CASES)
+def test_the_check_sees_a_wrong_result(case, shape):
+    """The weight's codes zero, or the last expert's only."""
+    w = torch.randn(shape).bfloat16()
+    result = kernels.ours(case, "reference")(w)()
+    broken = result[0] if isinstance(result, tuple) else result
+    last = broken if w.ndim == 2 else broken[-1]
+    last[...] = 0
+    assert kernels.relative_error(case, w, result) > tables.MAX_ERROR
+
+
+def test_the_check_takes_one_pair_an_expert():
+    """Peers that loop return a list; its last entry is looked at too."""
+    w = torch.randn(3, 128, 256).bfloat16()
+    pairs = [peers.plain_per_tensor(expert) for expert in w]
+    assert kernels.relative_error("per_tensor", w, pairs) <= tables.MAX_ERROR
+    assert kernels.relative_error("per_tensor", w, [pairs[0], pairs[1], pairs[0]]) > tables.MAX_ERROR
+
+
+def test_plain_formula_gives_the_bits_of_the_reference():
+    """The yardstick computes the same thing: on a weight without zeros or non-finite values the codes are equal."""
+    w = torch.randn(256, 384).bfloat16()
+    for case in ("per_channel", "per_block", "per_group"):
+        for mine, plain in zip(kernels.ours(case, "reference")(w)(), peers.load()[0][case]["torch"](w)(), strict=True):
+            assert_same_bits(plain, mine)
+
+
+def results(*rows):
+    about = {"gpu": "GPU", "driver": "1", "torch": "2", "triton": "3", "fp8_kernels": "4", "date": "2000-01-01"}
+    return {"machine": about, "repeats": 5, "copy_tb_per_s": 2.0, "absent": {"Lib": "not there"}, "rows": list(rows)}
+
+
+def row(name, us, case="per_channel", error=0.026):
+    times = {part: {"median": us, "low": us, "high": us} for part in ("graph_us", "call_us", "host_us")}
+    shape = [1000, 1000]
+    return {"shape": shape, "case": case, "name": name, "ours": name == "cuda", "relative_error": error, **times}
+
+
+def cells(text, line):
+    return [cell.strip() for cell in text.splitlines()[line].strip("|").split("|")]
+
+
+def test_table_puts_the_fastest_right_rival_beside_ours():
+    """3 MB at 2 TB/s take 1.5 us and the scales 0.002; a rival with a wrong or unknown time is not one."""
+    failed = {"shape": [1000, 1000], "case": "per_channel", "name": "broken", "ours": False, "error": "boom"}
+    text = tables.table(
+        results(row("cuda", 3.0), row("slow", 9.0), row("rival", 6.0), row("wrong", 1.0, error=0.5), failed)
+    )
+    named = dict(zip(cells(text, 0), cells(text, 2), strict=True))
+    assert named["weight"] == "1000x1000" and named["what"] == "per_channel"
+    assert (named["floor"], named["cuda"], named["of floor"], named["TB/s"]) == ("1.5", "3.0", "0.50", "1.00")
+    assert (named["fastest other"], named["its time"], named["times"]) == ("rival", "6.0", "2.00")
+
+
+def test_table_gives_per_tensor_the_floor_of_two_reads_too():
+    """5 MB at 2 TB/s: 2.5 us."""
+    text = tables.table(results(row("cuda", 5.0, "per_tensor")))
+    assert dict(zip(cells(text, 0), cells(text, 2), strict=True))["of floor"] == "0.30 (0.50)"
+
+
+def test_every_line_of_a_table_has_as_many_cells():
+    """With something missing on either side, in both tables."""
+    incomplete = results(row("rival", 6.0), row("cuda", 5.0, "per_tensor"), row("cuda", 3.0, "amax") | {"graph_us": {}})
+    incomplete["rows"][-1].pop("graph_us")
+    for text in (tables.table(incomplete), tables.peer_table(incomplete, (1000, 1000))):
+        assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_report_names_what_is_missing():
+    """A peer that failed and a library that is not here are said, each with its reason."""
+    failed = {"shape": [1, 2], "case": "amax", "name": "broken", "ours": False, "error": "boom"}
+    text = tables.report(results(row("cuda", 3.0), failed))
+    assert "- 1x2 amax broken: boom" in text and "- Lib: not there" in text
+
+
+def test_summary_is_the_median_and_the_middle_eight_tenths():
+    """Of 1 to 20 in any order."""
+    assert kernels.summary([float(i * 7 % 20 + 1) for i in range(20)]) == {"median": 10.5, "low": 3.0, "high": 18.0}
+
+
+def test_results_file_is_named_for_the_gpu():
+    """A name that every file system takes."""
+    assert kernels.results_file("NVIDIA H100 80GB HBM3").name == "kernels_nvidia-h100-80gb-hbm3.json"
+
+
+def test_peers_that_are_not_here_say_why(tmp_path):
+    """An empty folder adds nothing, and the reason names it."""
+    _, absent = peers.load(tmp_path)
+    if "vLLM" not in absent:
+        pytest.skip("vLLM is installed")
+    assert str(tmp_path) in absent["vLLM"]
+
+
+def bench(*args, **env):
+    command = [sys.executable, "-m", "bench.kernels", *args]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_without_a_gpu_it_says_so():
+    """Exit code 2 and one line; `--help` works there as well."""
+    hidden = bench(CUDA_VISIBLE_DEVICES="")
+    assert hidden.returncode == 2 and hidden.stderr.count("\n") == 1 and "GPU" in hidden.stderr
+    assert bench("--help", CUDA_VISIBLE_DEVICES="").returncode == 0
+
+
+def test_readme_shows_the_saved_results():
+    """The tables in bench/README.md are what the results files render to."""
+    text = (ROOT / "bench" / "README.md").read_text()
+    files = list(kernels.RESULTS.glob("kernels_*.json"))
+    assert files
+    for file in files:
+        saved = json.loads(file.read_text())
+        assert tables.report(saved) in text
+        assert tables.peer_table(saved, (128, 1536, 2048)) in text
+
+
+@pytest.mark.gpu
+def test_quick_run_measures_every_case(tmp_path):
+    """Small experts, no compiling: all our rows have times and right results, and the saved file prints again."""
+    file = tmp_path / "out.json"
+    done = bench("--quick", "--shapes", "2x256x384", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["case"] for row in rows if row["ours"]} == set(tables.DEFAULT_CASES)
+    assert all(row["graph_us"]["median"] > 0 for row in rows if row["ours"])
+    assert tables.report(json.loads(file.read_text())) in done.stdout
