@@ -161,6 +161,17 @@ def _selection(args):
     }
 
 
+def _device(text):
+    """A device that is there; argparse reports what is raised."""
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a device of this machine: {str(error).splitlines()[0]}"
+        ) from error
+    return text
+
+
 def _pair(text):
     pattern, separator, name = text.rpartition("=")
     if not separator:
@@ -198,7 +209,7 @@ def _parser():
 
     def device(sub):
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        sub.add_argument("--device", default=default, help="where to quantize (default: %(default)s)")
+        sub.add_argument("--device", default=default, type=_device, help="where to quantize (default: %(default)s)")
 
     selection(command(plan))
     sub = selection(command(quantize))

@@ -91,6 +91,15 @@ def test_unknown_scheme_lists_the_known_ones(checkpoint):
     assert result.returncode == 2 and "per_channel" in result.stderr
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_refused(device, checkpoint, tmp_path, capsys):
+    """Before anything is read or written."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["quantize", str(checkpoint), str(tmp_path / "out"), "--device", device])
+    assert stopped.value.code == 2 and f"'{device}' is not a device of this machine" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_but_results_on_a_pipe(checkpoint, tmp_path):
     """Progress is for terminals: through a pipe, stderr stays empty and stdout is the report."""
     result = run("quantize", checkpoint, tmp_path / "out")
