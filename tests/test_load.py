@@ -67,25 +67,12 @@ def test_logits_are_those_of_the_rounded_weights(folders, family, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_smollm2_layers_are_those_of_the_rounded_weights(scheme):
-    """The same for the first layers of a real model, 576 wide, which no 128-block divides."""
-    folder = models.smollm2()
-    expected = original(folder, num_hidden_layers=2)
-    model = models.on_meta(expected)
-    names = models.round_weights(expected, scheme)
-    tensors = open_checkpoint(folder).tensors()
-    first = ((name, t) for name, t in tensors if re.match(r"model\.(layers\.[01]\.|embed_tokens|norm)", name))
-    report = load_checkpoint(model, first, scheme, activation=None, device="cpu")
-    assert report.quantized_tensors == len(names) == 2 * 7
-    assert torch.equal(models.logits(model), models.logits(expected))
-
-
-def test_smollm2_logits_are_those_of_the_rounded_weights():
-    """And for all thirty layers of it, from its folder."""
+def test_smollm2_logits_are_those_of_the_rounded_weights(scheme):
+    """The same for a real model, all thirty layers of it, 576 wide, which no 128-block divides."""
     folder = models.smollm2()
     expected = original(folder)
-    models.round_weights(expected, "per_channel")
-    model, report = load_model(folder, "per_channel", activation=None, device="cpu")
+    models.round_weights(expected, scheme)
+    model, report = load_model(folder, scheme, activation=None, device="cpu")
     assert report.quantized_tensors == 30 * 7
     assert torch.equal(models.logits(model), models.logits(expected))
 
