@@ -5,14 +5,10 @@ import torch
 
 from fp8_kernels import reference
 from fp8_kernels.schemes import SCHEMES, WHOLE
+from fp8_kernels.testing import bits
 
 FP8 = tuple(reference.FP8_MAX)
 BLOCKS = [(WHOLE, WHOLE), (1, WHOLE), (128, 128), (1, 128), (1, 32), (3, 5), (WHOLE, 4), (2, WHOLE)]
-
-
-def bits(t):
-    """The stored bits, for comparisons that tell -0 from 0 and one NaN from another."""
-    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
 
 
 def all_codes(fp8_dtype):
@@ -135,6 +131,15 @@ def test_nothing_passes_through_bf16(dtype):
     assert torch.equal(bits(exact), bits(reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE)[0]))
     rounded, _ = reference.quantize(w.bfloat16(), torch.float8_e4m3fn, 1, WHOLE)
     assert not torch.equal(bits(exact), bits(rounded))
+
+
+@pytest.mark.parametrize("std, share", [(1.0, 0.020), (0.02, 0.024)])
+def test_rounding_to_bf16_first_changes_codes(std, share):
+    """Of normally distributed fp32 weights about 2% of the codes, depending on where in its octave the amax lies."""
+    w = torch.randn(1, 1024, 1024) * std
+    exact, rounded = (reference.quantize(x, torch.float8_e4m3fn, 1, WHOLE)[0] for x in (w, w.bfloat16()))
+    changed = (bits(exact) != bits(rounded)).float().mean().item()
+    assert changed == pytest.approx(share, abs=0.001)
 
 
 def test_division_is_not_multiplication_by_the_reciprocal():
