@@ -15,7 +15,7 @@ import torch
 from . import __version__
 from .errors import CheckpointError, LoadError, UnmatchedPatternError, UnsupportedLayoutError
 from .progress import ByteProgress
-from .schemes import SCHEMES, as_scheme
+from .schemes import SCHEMES, as_scheme, dtype_name
 
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 INPUT_ERRORS = (
@@ -91,7 +91,7 @@ def load(args) -> int:
             logging.disable_progress_bar()
         original = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device)
         results["original"] = _generate(original, args)
-        lines.append(f"{str(original.dtype).removeprefix('torch.')}: {results['original']}")
+        lines.append(f"{dtype_name(original.dtype)}: {results['original']}")
     _print(args, results, "\n".join(lines))
     return 0
 

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.formats import FORMATS, module_of
 from .errors import CheckpointError, LoadError, UnsupportedLayoutError
 from .loading import LayerwiseLoader
-from .loading.plan import make_plan
+from .loading.plan import listed, make_plan
 from .loading.report import Report
 from .modules import Fp8Experts, Fp8Linear, can_run, make_runnable
 from .names import Names
@@ -152,10 +152,8 @@ def _copy_all(model, tensors, total, progress):
         if progress:
             progress(done, total or done, name)
     if unexpected:
-        listed = ", ".join(f"`{name}`" for name in unexpected[:8])
-        more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
         raise LoadError(
-            f"the model has no place for {listed}{more}; leave them out by passing an iterable without them"
+            f"the model has no place for {listed(unexpected)}; leave them out by passing an iterable without them"
         )
 
 

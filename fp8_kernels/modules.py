@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import LoadError
 from .linear import fp8_linear
-from .ops import FP8_DTYPES, _block_of
+from .ops import FP8_DTYPES, block_of
 from .schemes import PerBlock, PerChannel, PerTensor, Scheme, as_scheme, scheme_name
 
 ACTIVATIONS = (None, "dynamic")
@@ -314,7 +314,7 @@ def _fp8_weights(module):
 
 def _scheme_of(weight, scale):
     """The scheme, from shapes alone."""
-    block = _block_of(weight, scale)
+    block = block_of(weight, scale)
     known = {(-1, -1): PerTensor, (1, -1): PerChannel}.get(block)
     options = {"scale_dtype": scale.dtype, "pow2": scale.dtype == torch.float8_e8m0fnu}
     return known(**options) if known else PerBlock(*block, **options)

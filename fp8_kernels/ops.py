@@ -16,7 +16,7 @@ import os
 import torch
 
 from . import _ext, reference, torch_kernels
-from .schemes import Scheme, as_scheme
+from .schemes import Scheme, as_scheme, dtype_name
 
 BACKENDS = ("cuda", "triton", "reference")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -147,9 +147,12 @@ def dequantize(
         TypeError, ValueError, RuntimeError: as for `quantize`; also where the scheme cannot be told.
     """
     _check_tensor("q", q, None, FP8_DTYPES, None)
-    block = _block_of(q, scale) if scheme is None else as_scheme(scheme).block
-    if scheme is not None:
-        _check_tensor("scale", scale, as_scheme(scheme).scale_shape(q.shape), None, q.device)
+    if scheme is None:
+        block = block_of(q, scale)
+    else:
+        scheme = as_scheme(scheme)
+        block = scheme.block
+        _check_tensor("scale", scale, scheme.scale_shape(q.shape), None, q.device)
     if out is None:
         _check_dtype("dtype", dtype, WEIGHT_DTYPES)
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -160,7 +163,7 @@ def dequantize(
     return out
 
 
-def _block_of(q, scale):
+def block_of(q, scale):
     """The rectangle that one scale covers, told from the shapes alone."""
     if scale.shape == q.shape[:-2]:
         return -1, -1
@@ -221,8 +224,8 @@ def _check_tensor(name, t, shape, dtypes, device):
 
 def _check_dtype(name, dtype, allowed):
     if dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"`{name}` must be one of {names}, got {str(dtype).removeprefix('torch.')}")
+        names = ", ".join(dtype_name(d) for d in allowed)
+        raise TypeError(f"`{name}` must be one of {names}, got {dtype_name(dtype)}")
 
 
 # Backends.

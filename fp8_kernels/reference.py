@@ -22,7 +22,7 @@ TINY = 2.0**-126  # the smallest normal fp32
 
 def amax(w: torch.Tensor, block_n: int, block_k: int) -> torch.Tensor:
     """`max |w|` of each group: fp32 `[E, SN, SK]`; 0 for a group without elements."""
-    return _canonical_nan(_as_groups(w.float().abs(), block_n, block_k).amax(dim=(2, 4)))
+    return canonical_nan(_as_groups(w.float().abs(), block_n, block_k).amax(dim=(2, 4)))
 
 
 def scale_from_amax(amax: torch.Tensor, fp8_dtype, pow2: bool, scale_dtype=torch.float32) -> torch.Tensor:
@@ -36,7 +36,7 @@ def scale_from_amax(amax: torch.Tensor, fp8_dtype, pow2: bool, scale_dtype=torch
     if scale_dtype == torch.float8_e8m0fnu:  # has NaN but no Inf
         exponent = torch.where(scale.isfinite(), scale.view(torch.int32) >> 23, 0xFF)
         return exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
-    return _canonical_nan(scale.to(scale_dtype))
+    return canonical_nan(scale.to(scale_dtype))
 
 
 def cast(w: torch.Tensor, scale: torch.Tensor, fp8_dtype, block_n: int, block_k: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def quantize(w, fp8_dtype, block_n, block_k, pow2=False, scale_dtype=torch.float
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype, block_n: int, block_k: int) -> torch.Tensor:
     """`q * scale` in fp32, rounded once to `dtype`."""
-    return _canonical_nan((q.float() * _per_element(scale, q.shape, block_n, block_k)).to(dtype))
+    return canonical_nan((q.float() * _per_element(scale, q.shape, block_n, block_k)).to(dtype))
 
 
 def _as_groups(x, block_n, block_k):
@@ -79,5 +79,5 @@ def _per_element(scale, shape, block_n, block_k):
     return scale
 
 
-def _canonical_nan(x):
+def canonical_nan(x):
     return torch.where(x.isnan(), torch.full_like(x, float("nan")), x)

@@ -137,6 +137,11 @@ def scheme_name(scheme: Scheme) -> str:
     return next((name for name, known in SCHEMES.items() if known == scheme), repr(scheme))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype for people: without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def grid(num_rows: int, num_cols: int, block_n: int, block_k: int) -> tuple[int, int]:
     """How many groups a weight has along its rows and its columns."""
     return _num_blocks(num_rows, block_n), _num_blocks(num_cols, block_k)

@@ -31,7 +31,7 @@ def amax_out(w, amax, block_n, block_k, accumulate):
     for unit, rows, groups in _chunks(w, block_n):
         chunk = reference.amax(w[unit, rows], block_n, block_k)
         # maximum() makes NaNs of its own kind
-        amax[unit, groups].copy_(reference._canonical_nan(amax[unit, groups].maximum(chunk)))
+        amax[unit, groups].copy_(reference.canonical_nan(amax[unit, groups].maximum(chunk)))
 
 
 def dequantize_out(q, scale, w, block_n, block_k):

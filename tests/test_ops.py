@@ -9,6 +9,7 @@ import torch
 import fp8_kernels as fk
 from fp8_kernels import reference
 from fp8_kernels.schemes import SCHEMES, as_scheme
+from fp8_kernels.testing import bits
 from fp8_kernels.torch_kernels import CHUNK_ELEMENTS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -17,10 +18,6 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 SHAPES = [(1, 1), (7, 13), (128, 128), (129, 576), (1025, 700), (3, 130, 257), (2, 2, 5, 40)]
 SCHEME_NAMES = ["per_tensor", "per_channel", "per_block", "per_group", "mxfp8"]
 ALL_SCHEMES = [*(SCHEMES[n] for n in SCHEME_NAMES), fk.PerBlock(3, 5), fk.PerChannel(scale_dtype=torch.bfloat16)]
-
-
-def bits(t):
-    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
 
 
 def expected(w, scheme, dtype=torch.float8_e4m3fn):

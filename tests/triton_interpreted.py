@@ -25,6 +25,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from fp8_kernels import reference, triton_kernels  # noqa: E402
 from fp8_kernels.schemes import WHOLE, grid  # noqa: E402
+from fp8_kernels.testing import assert_same_bits  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = tuple(reference.FP8_MAX)
@@ -66,41 +67,26 @@ def faithful_interpreter(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
-def bits(t):
-    """The stored bits: NaN payloads and the signs of zeros count."""
-    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
-
-
-def check_equal(name, got, wanted):
-    different = (bits(got) != bits(wanted)).nonzero()
-    if len(different):
-        at = tuple(different[0].tolist())
-        raise AssertionError(
-            f"{name}: {len(different)} of {got.numel()} differ, first at {at}: "
-            f"{got.float()[at]} ({bits(got)[at]:#x}), not {wanted.float()[at]} ({bits(wanted)[at]:#x})"
-        )
-
-
 def check_quantize(w, fp8_dtype, block_n, block_k, pow2=False, scale_dtype=torch.float32, amax=None, q=None):
     wanted_q, wanted_scale = reference.quantize(w, fp8_dtype, block_n, block_k, pow2, scale_dtype, amax)
     q = torch.empty(w.shape, dtype=fp8_dtype) if q is None else q
     scale = torch.empty_like(wanted_scale)
     triton_kernels.quantize_out(w, amax, q, scale, block_n, block_k, pow2)
-    check_equal("scale", scale, wanted_scale)
-    check_equal("q", q, wanted_q)
+    assert_same_bits(scale, wanted_scale, "scale")
+    assert_same_bits(q, wanted_q, "q")
 
 
 def check_amax(w, block_n, block_k):
     wanted = reference.amax(w, block_n, block_k)
     amax = torch.full_like(wanted, -1.0)
     triton_kernels.amax_out(w, amax, block_n, block_k, False)
-    check_equal("amax", amax, wanted)
+    assert_same_bits(amax, wanted, "amax")
 
 
 def check_dequantize(q, scale, dtype, block_n, block_k, w=None):
     w = torch.empty(q.shape, dtype=dtype) if w is None else w
     triton_kernels.dequantize_out(q, scale, w, block_n, block_k)
-    check_equal("w", w, reference.dequantize(q, scale, dtype, block_n, block_k))
+    assert_same_bits(w, reference.dequantize(q, scale, dtype, block_n, block_k), "w")
 
 
 def weight(*shape, dtype=torch.bfloat16):
@@ -196,7 +182,7 @@ def test_amax_accumulates_over_shards(block_n, block_k):
     for count, shard in enumerate(shards, start=1):
         triton_kernels.amax_out(shard, amax, block_n, block_k, True)
         each = torch.stack([reference.amax(s, block_n, block_k) for s in shards[:count]])
-        check_equal("amax", amax, torch.where(each.isnan().any(0), NAN, each.amax(0)))
+        assert_same_bits(amax, torch.where(each.isnan().any(0), NAN, each.amax(0)), "amax")
 
 
 def test_dequantize_every_code_by_every_kind_of_scale():
@@ -240,7 +226,7 @@ def test_no_elements(shape, block_n, block_k):
     groups = torch.zeros(shape[0], *grid(*shape[1:], block_n, block_k))
     scale = torch.empty_like(groups)
     triton_kernels.quantize_out(w, None, torch.empty(shape, dtype=FP8[0]), scale, block_n, block_k, False)
-    check_equal("scale", scale, reference.scale_from_amax(groups, FP8[0], False))
+    assert_same_bits(scale, reference.scale_from_amax(groups, FP8[0], False), "scale")
     triton_kernels.dequantize_out(torch.empty(shape, dtype=FP8[0]), scale, w, block_n, block_k)
 
 
@@ -256,7 +242,7 @@ def test_large_groups(block_n, block_k, strided):
     check_amax(w, block_n, block_k)
     accumulated = torch.full((1, *grid(*w.shape[1:], block_n, block_k)), 1e4)
     triton_kernels.amax_out(w, accumulated, block_n, block_k, True)
-    check_equal("amax", accumulated, reference.amax(w, block_n, block_k).clamp(min=1e4))
+    assert_same_bits(accumulated, reference.amax(w, block_n, block_k).clamp(min=1e4), "amax")
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -294,8 +280,8 @@ def test_nothing_is_written_beside_the_output(block_n, block_k, offset):
         q = buffer.mT[:, offset : offset + 45, 3:12].mT if transposed else buffer[:, 3:12, offset : offset + 45]
         scale = scales[:, 5 : 5 + wanted_scale.shape[1], 1 : 1 + 3 * wanted_scale.shape[2] : 3]
         triton_kernels.quantize_out(w, None, q.view(torch.float8_e4m3fn), scale, block_n, block_k, False)
-        check_equal("q", q.view(torch.float8_e4m3fn), wanted_q)
-        check_equal("scale", scale, wanted_scale)
+        assert_same_bits(q.view(torch.float8_e4m3fn), wanted_q, "q")
+        assert_same_bits(scale, wanted_scale, "scale")
         q.fill_(0xA5)
         scale.fill_(-7.0)
         assert (buffer == 0xA5).all() and (scales == -7.0).all()
@@ -349,7 +335,7 @@ def test_integer_encoding_equals_clamp_and_cast(fp8_dtype):
         code = torch.empty(1 << 16, dtype=torch.uint8)
         _encode_kernel[(1,)](x, code, 1 << 16, reference.FP8_MAX[fp8_dtype])
         wanted = reference.cast(x[None, None], torch.ones(1, 1, 1), fp8_dtype, 1, WHOLE)[0, 0]
-        check_equal("code", code, wanted.view(torch.uint8))
+        assert_same_bits(code, wanted.view(torch.uint8), "code")
 
 
 def test_corrected_quotient_is_ieee_division():
@@ -367,5 +353,5 @@ def test_corrected_quotient_is_ieee_division():
             out = torch.empty_like(x)
             _divide_kernel[(1,)](x, scale, out, len(x), bounded)
             tiny = wanted.abs() < 2.0**-40  # zeros of FP8, of which only the sign matters
-            check_equal("quotient", torch.where(tiny, torch.copysign(out, wanted), out)[~tiny], wanted[~tiny])
+            assert_same_bits(torch.where(tiny, torch.copysign(out, wanted), out)[~tiny], wanted[~tiny], "quotient")
             assert torch.equal(out[tiny].signbit(), wanted[tiny].signbit()) and (out[tiny].abs() < 2.0**-39).all()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UnsupportedLayoutError
-from ..schemes import PerBlock, PerChannel, PerTensor, Scheme, scheme_name
+from ..schemes import PerBlock, PerChannel, PerTensor, Scheme, dtype_name, scheme_name
 
 # Shards that engines load into one fused weight: their scales meet there, so per_tensor gives them a common one,
 # and they become FP8 together or not at all.
@@ -53,7 +53,7 @@ class Format:
         """Raise UnsupportedLayoutError unless the format's engines load this weight."""
         if dtype != torch.float8_e4m3fn:
             raise UnsupportedLayoutError(
-                f"format {self.name!r} must hold float8_e4m3fn, which its engines load, got {_short(dtype)}"
+                f"format {self.name!r} must hold float8_e4m3fn, which its engines load, got {dtype_name(dtype)}"
             )
         if not name.endswith(".weight"):
             raise UnsupportedLayoutError(
@@ -254,7 +254,3 @@ def _quantizer(dynamic, strategy, **sizes):
 def _names(pattern, module):
     """Does a target or ignore entry of a compressed-tensors config name this module?"""
     return re.match(pattern[3:], module) is not None if pattern.startswith("re:") else pattern == module
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import CheckpointError, NonFiniteWeightError, UnsupportedLayoutError
 from ..loading.report import Report
 from ..loading.rules import HIGH_PRECISION, Rules
-from ..schemes import PerTensor, Scheme, as_scheme, scheme_name
+from ..schemes import PerTensor, Scheme, as_scheme, dtype_name, scheme_name
 from .folder import PartialFolder
 from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, family_of, module_of
 from .plan import PlannedTensor, plan_checkpoint
@@ -114,7 +114,7 @@ def select(checkpoint: Checkpoint, fmt: Format, dtype: torch.dtype, **selection)
         elif item.dtype not in HIGH_PRECISION and rules.decide(name, item.shape, torch.float32)[0] is not None:
             raise CheckpointError(
                 f"`{name}` in {checkpoint.folder} must be bfloat16, float16 or float32 to become FP8, "
-                f"got {str(item.dtype).removeprefix('torch.')}; ignore=[{name!r}] keeps it as it is"
+                f"got {dtype_name(item.dtype)}; ignore=[{name!r}] keeps it as it is"
             )
     if all(item.scheme is None for item in items.values()):
         raise CheckpointError(f"{checkpoint.folder} holds no weight that would become FP8")

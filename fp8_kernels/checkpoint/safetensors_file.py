@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..schemes import dtype_name
 
 DTYPES = {
     "F64": torch.float64,
@@ -89,7 +90,8 @@ class SafetensorsWriter:
         if (tensor.dtype, tuple(tensor.shape)) != self._entries[name]:
             dtype, shape = self._entries[name]
             raise ValueError(
-                f"`{name}` must be {_short(dtype)} {list(shape)}, got {_short(tensor.dtype)} {list(tensor.shape)}"
+                f"`{name}` must be {dtype_name(dtype)} {list(shape)}, "
+                f"got {dtype_name(tensor.dtype)} {list(tensor.shape)}"
             )
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         try:
@@ -168,7 +170,7 @@ def _layout(entries, metadata, path):
     spans, end = {}, 0
     for name, (dtype, shape) in sorted(entries.items(), key=lambda entry: -entry[1][0].itemsize):
         if dtype not in _NAMES:
-            raise CheckpointError(f"{path}: `{name}` is {_short(dtype)}, which safetensors cannot hold")
+            raise CheckpointError(f"{path}: `{name}` is {dtype_name(dtype)}, which safetensors cannot hold")
         start, end = end, end + num_bytes(dtype, shape)
         spans[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     table = {"__metadata__": dict(metadata), **spans} if metadata else spans
@@ -177,7 +179,3 @@ def _layout(entries, metadata, path):
     first = 8 + len(text)
     offsets = {name: first + span["data_offsets"][0] for name, span in spans.items()}
     return len(text).to_bytes(8, "little") + text, offsets, first + end
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")

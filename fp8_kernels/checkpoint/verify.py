@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..loading.rules import HIGH_PRECISION, Rules
+from ..schemes import dtype_name
 from .formats import FORMATS, module_of
 from .plan import PlannedTensor
 from .quantize import Quantizer
@@ -118,7 +119,7 @@ def _check_headers(checkpoint, fmt, config, problems):
             elif (scale.dtype, scale.shape) != expected:
                 problems.append(
                     f"`{fmt.scale_name(name)}` must be float32 {list(expected[1])}, "
-                    f"got {str(scale.dtype).removeprefix('torch.')} {list(scale.shape)}"
+                    f"got {dtype_name(scale.dtype)} {list(scale.shape)}"
                 )
         elif name.endswith(_SCALE_SUFFIXES):
             weight = metadata.get(f"{module}.weight")
@@ -184,7 +185,7 @@ def _check_bits(checkpoint, source, fmt, schemes, problems):
             if not _same_bytes(checkpoint.read(name), source.read(name)):
                 problems.append(f"`{name}` differs from its source")
         elif items[name].scheme is None:
-            dtype = str(original.dtype).removeprefix("torch.")
+            dtype = dtype_name(original.dtype)
             problems.append(f"`{name}` is FP8, but {dtype} in {source.folder}, so there is nothing to compare it with")
         elif fmt.scale_name(name) in metadata:
             q, scale = quantizer.quantize(name, source.read(name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 
-from ..schemes import scheme_name
+from ..schemes import dtype_name, scheme_name
 from .report import size_text
 
 
@@ -41,7 +41,7 @@ class Decision:
         return {
             "name": self.name,
             "shape": list(self.shape),
-            "dtype": _short(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "scheme": self.scheme and scheme_name(self.scheme),
             "why": self.why,
             "units": self.num_units,
@@ -90,7 +90,7 @@ class Forecast:
             kind = re.sub(r"(?<![^.])\d+(?=\.)", "*", d.name)  # numbers between dots: layers, experts
             kinds.setdefault((kind, d.shape, d.dtype, d.scheme, d.why), []).append(d)
         for (name, shape, dtype, scheme, why), members in kinds.items():
-            becomes = f"FP8 {scheme_name(scheme)}" if scheme else f"{_short(dtype)} ({why})"
+            becomes = f"FP8 {scheme_name(scheme)}" if scheme else f"{dtype_name(dtype)} ({why})"
             size = size_text(sum(d.bytes_out for d in members))
             name = name if len(members) > 1 else members[0].name
             rows.append((name, str(len(members)), "x".join(map(str, shape)) or "scalar", becomes, size))
@@ -106,7 +106,3 @@ class Forecast:
                 f"peak {size_text(self.peak)} (resident and two of the largest units)",
             ]
         )
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ Everything a checkpoint can hold is in the plan: parameters and persistent buffe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -96,17 +96,17 @@ class Plan(Forecast):
         real = [e.name for e in self.quantized if not e.on_meta]
         if real:
             raise ValueError(
-                f"parameters that become FP8 must be on the meta device, got real ones: {_listed(real)}; build the "
+                f"parameters that become FP8 must be on the meta device, got real ones: {listed(real)}; build the "
                 'model under `torch.device("meta")`, or name them in `ignore`'
             )
         strided = [e.name for e in self.quantized if not e.tensors[0].is_contiguous()]
         if strided:
             raise ValueError(
-                f"parameters that become FP8 must be contiguous, got {_listed(strided)}; name them in `ignore`"
+                f"parameters that become FP8 must be contiguous, got {listed(strided)}; name them in `ignore`"
             )
         gappy = [e.name for e in self.entries if e.on_meta and not e.tracked]
         if gappy:
-            raise ValueError(f"tensors on meta must fill their memory without gaps or repeats, got {_listed(gappy)}")
+            raise ValueError(f"tensors on meta must fill their memory without gaps or repeats, got {listed(gappy)}")
         for entry in self.quantized:
             for place in entry.places:
                 if hasattr(place.module, f"{place.leaf}_scale"):
@@ -121,7 +121,7 @@ class Plan(Forecast):
     def __str__(self):
         table = super().__str__()
         if self.rebuild:
-            table += f"\nnot in any checkpoint, to be rebuilt by the model's owner: {_listed(self.rebuild)}"
+            table += f"\nnot in any checkpoint, to be rebuilt by the model's owner: {listed(self.rebuild)}"
         return table
 
 
@@ -219,7 +219,7 @@ def _places(model):
     for (storage, *_), (first, *_) in groups.items():
         others = [place.name for place in users[storage] if place is not first]
         if others and first.registry[first.leaf].is_meta:
-            raise ValueError(f"tensors on meta must not overlap, got `{first.name}` with {_listed(others)}")
+            raise ValueError(f"tensors on meta must not overlap, got `{first.name}` with {listed(others)}")
     return [(group, len(users[storage]) > 1) for (storage, *_), group in groups.items()], rebuild
 
 
@@ -241,6 +241,7 @@ def _check_logical(name, logical, shape, scheme):
         raise ValueError(f"a logical shape of `{name}` must be of one or two dimensions, got {logical}")
 
 
-def _listed(names, limit=8):
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Names for a message: quoted, the first few of many."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(f"`{name}`" for name in names[:limit]) + more

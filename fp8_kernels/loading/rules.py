@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UnmatchedPatternError
-from ..schemes import Scheme, as_scheme
+from ..schemes import Scheme, as_scheme, dtype_name
 
 # What stays in high precision unless `include` names it. Each is about the role of a layer, told by the
 # words that model families use for it; small layers that decide (routers, norms) lose more than they save.
@@ -65,7 +65,7 @@ class Rules:
         if ignored:
             return None, f"ignore={ignored[0]!r}"
         if dtype not in HIGH_PRECISION:
-            return None, f"is {str(dtype).removeprefix('torch.')}"
+            return None, f"is {dtype_name(dtype)}"
         if len(shape) not in (2, 3):
             return None, f"{len(shape)}-D"
         if not included:
