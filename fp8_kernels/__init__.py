@@ -1,6 +1,12 @@
 """Quantize a model to FP8 while its weights load."""
 
-from .checkpoint import open_checkpoint, quantize_checkpoint, verify_checkpoint
+from .checkpoint import (
+    open_checkpoint,
+    quantization_config,
+    quantize_checkpoint,
+    quantize_weights,
+    verify_checkpoint,
+)
 from .errors import (
     CheckpointError,
     ConflictingShardError,
@@ -45,7 +51,9 @@ __all__ = [
     "make_runnable",
     "mxfp8",
     "open_checkpoint",
+    "quantization_config",
     "quantize",
     "quantize_checkpoint",
+    "quantize_weights",
     "verify_checkpoint",
 ]

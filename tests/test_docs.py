@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fp8_kernels
 from fp8_kernels import cli
 from tests.checkpoint import tiny
 
@@ -61,8 +62,8 @@ def test_command(words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", list(blocks("python")))
-def test_python_block(text):
-    """Every Python block runs, with a model and weights of the reader's own."""
+def test_python_block(text, tmp_path, monkeypatch):
+    """Every Python block runs, with a model, weights and a checkpoint of the reader's own."""
 
     class MyModel(torch.nn.Module):
         def __init__(self, config):
@@ -75,10 +76,23 @@ def test_python_block(text):
             for name, tensor in weights:
                 params[name].data.copy_(tensor)
 
+    class MyFp8Model(MyModel):
+        """Of an engine that loads FP8 checkpoints: codes and scales are parameters."""
+
+        def __init__(self, config, quantization_config):
+            super().__init__(config)
+            assert quantization_config["ignore"] == ["lm_head"]
+            proj = torch.nn.Module()
+            proj.weight = torch.nn.Parameter(torch.zeros(96, 64).to(torch.float8_e4m3fn), requires_grad=False)
+            proj.weight_scale = torch.nn.Parameter(torch.zeros(96, 1), requires_grad=False)
+            self.qkv_proj = proj
+
     weights = [("qkv_proj.weight", torch.randn(96, 64)), ("lm_head.weight", torch.randn(128, 64))]
+    monkeypatch.chdir(tmp_path)
+    tiny.write_single(tmp_path / "path/to/checkpoint", dict(weights))
     if not torch.cuda.is_available():
         text = text.replace('device="cuda"', 'device="cpu"')
-    names = {"MyModel": MyModel, "config": None, "weights": iter(weights)}
+    names = {"MyModel": MyModel, "MyFp8Model": MyFp8Model, "config": None, "weights": iter(weights), "fk": fp8_kernels}
     exec(compile(text, "block", "exec"), names)
     if "model" in names:
         assert names["model"].qkv_proj.weight.dtype == torch.float8_e4m3fn

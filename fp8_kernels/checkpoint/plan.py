@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ..loading.forecast import Decision, Forecast
 from ..loading.rules import Rules
 from ..schemes import Scheme
-from .reader import Checkpoint
+from .reader import Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,17 @@ def plan_checkpoint(
     Raises:
         UnmatchedPatternError: a pattern matched nothing.
     """
+    return plan_tensors(checkpoint.metadata(), scheme, ignore, include, schemes)
+
+
+def plan_tensors(
+    tensors: Mapping[str, TensorInfo | torch.Tensor], scheme="per_channel", ignore=(), include=(), schemes=None
+) -> CheckpointPlan:
+    """`plan_checkpoint` for anything that has shapes and dtypes, tensors on meta included."""
     rules = Rules(scheme, ignore, include, schemes)
     planned = tuple(
         PlannedTensor(name, tuple(info.shape), info.dtype, *rules.decide(name, info.shape, info.dtype))
-        for name, info in checkpoint.metadata().items()
+        for name, info in tensors.items()
     )
     rules.check_all_used()
     return CheckpointPlan(planned)

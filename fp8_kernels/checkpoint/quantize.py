@@ -17,8 +17,8 @@ from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, as_scheme, dtype_name, scheme_name
 from .folder import PartialFolder
 from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, family_of, module_of
-from .plan import PlannedTensor, plan_checkpoint
-from .reader import Checkpoint, open_checkpoint
+from .plan import PlannedTensor, plan_tensors
+from .reader import Checkpoint, TensorInfo, open_checkpoint
 from .safetensors_file import SafetensorsWriter, num_bytes
 
 INDEX = "model.safetensors.index.json"
@@ -106,21 +106,38 @@ def select(checkpoint: Checkpoint, fmt: Format, dtype: torch.dtype, **selection)
         CheckpointError, UnsupportedLayoutError, UnmatchedPatternError: as `quantize_checkpoint`.
     """
     _refuse_what_is_no_source(checkpoint)
-    items = {item.name: item for item in plan_checkpoint(checkpoint, **selection).tensors}
+    return select_tensors(checkpoint.metadata(), fmt, dtype, str(checkpoint.folder), **selection)
+
+
+def select_tensors(
+    tensors: Mapping[str, TensorInfo | torch.Tensor], fmt: Format, dtype: torch.dtype, where: str, **selection
+) -> dict[str, PlannedTensor]:
+    """`select` for anything that has shapes and dtypes.
+
+    Args:
+        where: the tensors are, for errors.
+    """
+    items = {item.name: item for item in plan_tensors(tensors, **selection).tensors}
     rules = Rules(**selection)
     for name, item in items.items():
         if item.scheme is not None:
             fmt.check(name, item.shape, item.scheme, dtype)
         elif item.dtype not in HIGH_PRECISION and rules.decide(name, item.shape, torch.float32)[0] is not None:
             raise CheckpointError(
-                f"`{name}` in {checkpoint.folder} must be bfloat16, float16 or float32 to become FP8, "
+                f"`{name}` in {where} must be bfloat16, float16 or float32 to become FP8, "
                 f"got {dtype_name(item.dtype)}; ignore=[{name!r}] keeps it as it is"
             )
     if all(item.scheme is None for item in items.values()):
-        raise CheckpointError(f"{checkpoint.folder} holds no weight that would become FP8")
+        raise CheckpointError(f"{where} holds no weight that would become FP8")
     for item in items.values():
         _check_family(items, item)
     return items
+
+
+def config_of(items: Mapping[str, PlannedTensor], fmt: Format) -> dict:
+    """The `quantization_config` of a checkpoint of which these tensors become that."""
+    schemes = {module_of(item.name): item.scheme for item in items.values() if item.scheme is not None}
+    return fmt.config(schemes, _kept_modules(items))
 
 
 class Quantizer:
@@ -217,8 +234,7 @@ def _write_the_rest(checkpoint, folder, items, stored, fmt):
     for name in checkpoint.other_files():
         if name != "config.json":
             folder.copy(name, checkpoint.folder / name)
-    schemes = {module_of(item.name): item.scheme for item in items.values() if item.scheme is not None}
-    config = checkpoint.config | {"quantization_config": fmt.config(schemes, _kept_modules(items))}
+    config = checkpoint.config | {"quantization_config": config_of(items, fmt)}
     folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,0 +1,208 @@
+"""Quantize a stream of weights on its way into an engine, which believes that it loads an FP8 checkpoint."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from .. import ops
+from ..errors import CheckpointError, NonFiniteWeightError
+from ..loading.report import Report
+from ..loading.rules import HIGH_PRECISION, Rules
+from ..schemes import PerTensor, Scheme, dtype_name, scheme_name
+from .formats import as_format, family_of
+from .quantize import config_of, select, select_tensors
+from .reader import Checkpoint, open_checkpoint
+
+
+def quantize_weights(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    scheme: str | Scheme = "per_channel",
+    format: str = "compressed-tensors",
+    *,
+    ignore: Iterable[str] = (),
+    include: Iterable[str] = (),
+    schemes: Mapping[str, str | Scheme] | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    device: torch.device | str | None = None,
+    names: Iterable[str] | None = None,
+    progress: Callable[[int, str], None] | None = None,
+) -> QuantizedWeights:
+    """Iterate over a checkpoint's tensors as if it had been written in FP8.
+
+    Each weight that becomes FP8 leaves as two tensors, its codes under its own name and its scales under the name
+    that the format has for them; every other tensor leaves as it came. For an engine that loads FP8 checkpoints:
+    give it the `quantization_config` of the same arguments, and this in the place of its weights.
+
+        engine.load_weights(fk.quantize_weights(weights, "per_channel"))
+
+    It is lazy: nothing is read before it is asked for, and of the weights only the current one is held. Under
+    per_tensor, weights that engines fuse (`formats.FUSED_FAMILIES`) share one scale, so copies of a family's first
+    members are held until its last one has come.
+
+    Args:
+        weights: (name, tensor) in the checkpoint's names; a tensor may be overwritten once the next is asked for.
+        scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`.
+        format: "compressed-tensors" or "fp8", see `formats`.
+        dtype: of the codes.
+        device: where weights are quantized and their codes and scales are; by default where each one is.
+        names: of all tensors of the checkpoint, where they are known: a family then waits only for members that
+            exist. Without them a partial family leaves at the end.
+        progress: called with (bytes done, name) after every tensor.
+
+    Returns:
+        An iterator of (name, tensor), with the `Report` as its attribute `report`, complete at the end.
+
+    Raises:
+        ValueError, TypeError: here, for arguments that name nothing.
+        UnsupportedLayoutError, CheckpointError: on the way, for a weight that the format cannot hold, or that is
+            not in high precision.
+        NonFiniteWeightError: at the end; lists every weight that held NaN or Inf.
+        UnmatchedPatternError: at the end; a pattern matched nothing.
+    """
+    rules = Rules(scheme, tuple(ignore), tuple(include), dict(schemes or {}))
+    known = None if names is None else frozenset(names)
+    return QuantizedWeights(weights, rules, as_format(format), dtype, device, known, progress)
+
+
+def quantization_config(
+    weights: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    scheme: str | Scheme = "per_channel",
+    format: str = "compressed-tensors",
+    *,
+    ignore: Iterable[str] = (),
+    include: Iterable[str] = (),
+    schemes: Mapping[str, str | Scheme] | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> dict:
+    """The `quantization_config` of config.json that says what `quantize_weights` makes of these weights.
+
+    Args:
+        weights: a checkpoint's folder, an opened one, or its tensors by name, of which only shapes and dtypes count:
+            they may be on the meta device.
+        scheme, format, ignore, include, schemes, dtype: as for `quantize_weights`.
+
+    Raises:
+        CheckpointError, UnsupportedLayoutError, UnmatchedPatternError, ValueError: as `quantize_checkpoint`.
+    """
+    fmt = as_format(format)
+    selection = {"scheme": scheme, "ignore": ignore, "include": include, "schemes": schemes}
+    if isinstance(weights, (str, os.PathLike)):
+        weights = open_checkpoint(weights)
+    if isinstance(weights, Checkpoint):
+        return config_of(select(weights, fmt, dtype, **selection), fmt)
+    return config_of(select_tensors(dict(weights), fmt, dtype, "the given weights", **selection), fmt)
+
+
+class QuantizedWeights:
+    """The iterator of `quantize_weights`.
+
+    Attributes:
+        report: what was done so far. `peak_staging_bytes` are those of the weights that were held at once.
+    """
+
+    def __init__(self, weights, rules, fmt, dtype, device, names, progress):
+        self._weights, self._rules, self._fmt, self._names, self._progress = weights, rules, fmt, names, progress
+        self._dtype, self._device = dtype, None if device is None else torch.device(device)
+        self._families: dict[tuple, dict[str, torch.Tensor]] = {}  # members that wait for the others, as copies
+        self._finite: dict[str, torch.Tensor] = {}  # looked at once, at the end: a look waits for the device
+        self.report = Report(scheme=scheme_name(rules.scheme), device=str(self._device or "each weight's"))
+        self._iterator = self._iterate()
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        return next(self._iterator)
+
+    def _iterate(self):
+        started = time.perf_counter()
+        report = self.report
+        for name, tensor in self._weights:
+            report.shards += 1
+            report.bytes_in += tensor.nbytes
+            scheme, why = self._decide(name, tensor)
+            if scheme is None:
+                report.passed_through[name] = why
+                report.bytes_out += tensor.nbytes
+                yield name, tensor
+            elif isinstance(scheme, PerTensor):
+                yield from self._of_family(name, tensor, scheme)
+            else:
+                yield from self._quantized(name, tensor, scheme, None)
+            del tensor
+            report.seconds = time.perf_counter() - started
+            if self._progress is not None:
+                self._progress(report.bytes_in, name)
+        for key in list(self._families):
+            yield from self._leave(key)
+        report.seconds = time.perf_counter() - started
+        self._rules.check_all_used()
+        bad = [name for name, finite in self._finite.items() if not finite]
+        if bad:
+            raise NonFiniteWeightError(f"{len(bad)} weights hold NaN or Inf: {', '.join(bad)}")
+
+    def _decide(self, name, tensor):
+        scheme, why = self._rules.decide(name, tensor.shape, tensor.dtype)
+        if scheme is not None:
+            self._fmt.check(name, tuple(tensor.shape), scheme, self._dtype)
+        elif (
+            tensor.dtype not in HIGH_PRECISION and self._rules.decide(name, tensor.shape, torch.float32)[0] is not None
+        ):
+            raise CheckpointError(
+                f"`{name}` must be bfloat16, float16 or float32 to become FP8, got {dtype_name(tensor.dtype)}; "
+                f"ignore=[{name!r}] keeps it as it is"
+            )
+        return scheme, why
+
+    def _of_family(self, name, tensor, scheme):
+        members = [
+            member for member in family_of(name) if self._names is None or member in self._names or member == name
+        ]
+        if len(members) == 1:
+            yield from self._quantized(name, tensor, scheme, None)
+            return
+        key = (tuple(members), scheme)
+        waiting = self._families.setdefault(key, {})
+        # The source may reuse the memory of what it gave, so what has to wait is copied.
+        waiting[name] = self._placed(tensor) if len(waiting) + 1 == len(members) else self._placed(tensor, copy=True)
+        self._count_held()
+        if len(waiting) == len(members):
+            yield from self._leave(key)
+
+    def _leave(self, key):
+        """All members of a family that have come, with one scale."""
+        waiting, scheme = self._families.pop(key), key[1]
+        amax = None
+        if len(waiting) > 1:
+            device = next(iter(waiting.values())).device
+            amaxes = [ops.amax(tensor, scheme).to(device) for tensor in waiting.values()]
+            amax = torch.stack(amaxes).amax(dim=0)  # keeps NaN, as the definition does
+        for name in list(waiting):
+            yield from self._quantized(name, waiting.pop(name), scheme, amax)
+
+    def _quantized(self, name, tensor, scheme, amax):
+        tensor = self._placed(tensor)
+        self._count_held(tensor)
+        if amax is not None:
+            amax = amax.to(tensor.device)
+        q, scale = ops.quantize(tensor, scheme, dtype=self._dtype, amax=amax)
+        scale = scale.float().reshape(self._fmt.scale_shape(tuple(q.shape), scheme))
+        del tensor
+        self._finite[name] = scale.isfinite().all()
+        self.report.quantized_tensors += 1
+        self.report.quantized_units += 1
+        self.report.bytes_out += q.nbytes + scale.nbytes
+        yield name, q
+        yield self._fmt.scale_name(name), scale
+
+    def _placed(self, tensor, copy=False):
+        return tensor.to(self._device or tensor.device, copy=copy)
+
+    def _count_held(self, *tensors):
+        held = sum(t.nbytes for waiting in self._families.values() for t in waiting.values())
+        held += sum(t.nbytes for t in tensors)
+        self.report.peak_staging_bytes = max(self.report.peak_staging_bytes, held)

@@ -1,0 +1,111 @@
+"""The stream an engine reads equals the folder it would have read, to the bit, without holding the checkpoint."""
+
+import random
+
+import pytest
+import torch
+
+import fp8_kernels as fk
+from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
+
+from . import tiny
+
+CHOICES = [("per_channel", "compressed-tensors"), ("per_tensor", "compressed-tensors"), ("per_block", "fp8")]
+
+
+def equal_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        assert (found[name].dtype, found[name].shape) == (t.dtype, t.shape), name
+        assert torch.equal(found[name].contiguous().view(torch.uint8), t.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("scheme,format", CHOICES)
+@pytest.mark.parametrize("names_known", [True, False])
+def test_stream_equals_the_folder(scheme, format, names_known, tmp_path):
+    """Whatever the order of the tensors: same names, shapes, codes and scales, and the same config."""
+    state = tiny.tensors()
+    folder = tiny.write_sharded(tmp_path / "in", state)
+    quantize_checkpoint(folder, tmp_path / "out", scheme, format)
+    items = list(state.items())
+    random.shuffle(items)
+    stream = fk.quantize_weights(iter(items), scheme, format, names=state if names_known else None)
+    equal_bits(dict(stream), dict(open_checkpoint(tmp_path / "out").tensors()))
+    expected = open_checkpoint(tmp_path / "out").config["quantization_config"]
+    assert fk.quantization_config(folder, scheme, format) == expected
+    assert fk.quantization_config({n: t.to("meta") for n, t in items}, scheme, format) == expected
+    assert stream.report.bytes_in == sum(t.nbytes for t in state.values())
+    assert stream.report.bytes_out == sum(t.nbytes for _, t in open_checkpoint(tmp_path / "out").tensors())
+    assert stream.report.quantized_tensors == len(tiny.weights(state))
+    assert stream.report.passed_through.keys() == state.keys() - set(tiny.weights(state))
+
+
+def test_nothing_is_read_ahead():
+    """A weight is asked for only when what came before it has left."""
+    asked = []
+
+    def source():
+        for i in range(4):
+            asked.append(i)
+            yield f"layers.{i}.o_proj.weight", torch.randn(7, 33)
+
+    stream = fk.quantize_weights(source(), "per_channel")
+    assert asked == []
+    for i in range(4):
+        assert [next(stream)[0] for _ in range(2)] == [f"layers.{i}.o_proj.weight", f"layers.{i}.o_proj.weight_scale"]
+        assert asked == list(range(i + 1))
+
+
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel"])
+def test_source_may_reuse_its_memory(scheme):
+    """Members of a family that have to wait are copies: a source that overwrites one buffer changes nothing."""
+    names = [f"layers.0.{m}.weight" for m in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")]
+    state = {name: torch.randn(7, 33, dtype=torch.bfloat16) * 2.0**i for i, name in enumerate(names)}
+
+    def reusing():
+        buffer = torch.empty(7, 33, dtype=torch.bfloat16)
+        for name, t in state.items():
+            yield name, buffer.copy_(t)
+            buffer.fill_(float("nan"))
+
+    equal_bits(dict(fk.quantize_weights(reusing(), scheme)), dict(fk.quantize_weights(state.items(), scheme)))
+
+
+def test_held_memory_is_one_family():
+    """With per_tensor scales at most a family's weights are held, in the order of a checkpoint; else one weight."""
+    state = tiny.tensors(num_layers=3)
+    largest = max(t.nbytes for n, t in state.items() if n in tiny.weights(state))
+    for scheme, weights in (("per_channel", 1), ("per_tensor", 3)):
+        stream = fk.quantize_weights(state.items(), scheme)
+        assert len(dict(stream)) == len(state) + len(tiny.weights(state))
+        assert stream.report.peak_staging_bytes <= weights * largest
+
+
+def test_incomplete_family_leaves_at_the_end_with_its_own_scale():
+    """Without names, members whose partners never come share the scale of those that did."""
+    q, k = torch.randn(5, 16), 8 * torch.randn(3, 16)
+    found = dict(fk.quantize_weights([("a.q_proj.weight", q), ("a.k_proj.weight", k)], "per_tensor"))
+    scale = fk.quantize(torch.cat([q, k]), "per_tensor")[1].reshape(1)
+    assert torch.equal(found["a.q_proj.weight_scale"], scale) and torch.equal(found["a.k_proj.weight_scale"], scale)
+    alone = dict(fk.quantize_weights([("a.q_proj.weight", q)], "per_tensor", names=["a.q_proj.weight"]))
+    assert torch.equal(alone["a.q_proj.weight"].view(torch.uint8), fk.quantize(q, "per_tensor")[0].view(torch.uint8))
+
+
+def test_what_is_wrong_is_named():
+    """NaN and unmatched patterns at the end, a weight that cannot be held on the way, bad arguments at once."""
+    good, bad = ("x.o_proj.weight", torch.randn(4, 32)), torch.randn(4, 32)
+    bad[3, 5] = float("nan")
+    with pytest.raises(fk.NonFiniteWeightError, match=r"1 weights.*y\.o_proj\.weight"):
+        list(fk.quantize_weights([good, ("y.o_proj.weight", bad)]))
+    with pytest.raises(fk.UnmatchedPatternError, match="nowhere"):
+        list(fk.quantize_weights([good], ignore=["nowhere"]))
+    with pytest.raises(fk.UnsupportedLayoutError, match=r"x\.o_proj\.weight.*128"):
+        list(fk.quantize_weights([good], "per_block", "fp8"))
+    with pytest.raises(fk.CheckpointError, match=r"z\.o_proj\.weight.*float8_e4m3fn"):
+        list(fk.quantize_weights([("z.o_proj.weight", torch.zeros(4, 32).to(torch.float8_e4m3fn))]))
+    with pytest.raises(ValueError, match="format"):
+        fk.quantize_weights([good], format="gguf")
+    with pytest.raises(ValueError, match="scheme"):
+        fk.quantize_weights([good], "per_planet")
+    with pytest.raises(fk.CheckpointError, match="no weight"):
+        fk.quantization_config([("norm.weight", torch.zeros(4, device="meta"))])
