@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
-from ..errors import LoadError
 from ..schemes import Scheme, scheme_name
-from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import CopyCounter
-from .install import Snapshot, exchange
-from .plan import Entry, Plan, make_plan
+from .install import Snapshot
+from .plan import Plan, make_plan
 from .report import Report
-from .staging import Staging, Tracked, Unit
-from .writes import Writes
+from .session import Hooks, Session
+from .staging import Staging, Unit
 
 
 class LayerwiseLoader:
@@ -89,204 +82,45 @@ class LayerwiseLoader:
         self.plan: Plan = make_plan(model, **self._rules)
         self.plan.check_loadable()
         self.report = Report()
-        self._on_unit, self._on_module, self._on_finish, self._progress = on_unit, on_module, on_finish, progress
-        self._exits: contextlib.ExitStack | None = None
+        self._hooks = Hooks(on_unit, on_module, on_finish, progress)
+        self._session: Session | None = None
 
     def __enter__(self) -> LayerwiseLoader:
-        if self._exits is not None:
+        if self._session is not None:
             raise RuntimeError("this loader's context is entered already")
         self.plan = make_plan(self.model, **self._rules)
         self.plan.check_loadable()
-        self._started = time.perf_counter()
-        self._snapshot = Snapshot(self.model)
-        self._staging = Staging(self.device)
-        self._bytes_done = 0
         schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
-        self.report = Report(scheme=", ".join(schemes), device=str(self.device))
-        self.report.rebuild = list(self.plan.rebuild)
-        self._writes = Writes(self._staging, self.report, self._on_unit, self._tensor_is_final, self._advance)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
+        self._snapshot = Snapshot(self.model)
+        self._session = Session(self.model, self.plan, Staging(self.device), self.report, self._hooks)
         try:
-            self._track_all()
-            with contextlib.ExitStack() as exits:
-                for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook):
-                    exits.callback(register(self._registered).remove)
-                exits.enter_context(CopyCounter(self._writes))
-                self._exits = exits.pop_all()
+            self._session.start()
         except BaseException:
             self._roll_back()
             raise
         return self
 
     def __exit__(self, kind, error, traceback):
-        self._exits.close()
+        self._session.stop()
         try:
             if error is None:
-                self._finish()
+                self._session.finish()
         except BaseException:
             self._roll_back()
             raise
         if error is not None:
             self._roll_back()
-        self._let_go()
+        else:
+            self._let_go()
 
     @contextlib.contextmanager
     def worker(self):
         """The context for a thread, other than the one that entered the loader, that loads weights too."""
-        if self._exits is None:
+        if self._session is None:
             raise RuntimeError("the loader's context must be entered before a worker's")
-        with CopyCounter(self._writes):
+        with CopyCounter(self._session.writes):
             yield self
-
-    # Setting up.
-
-    def _track_all(self):
-        self._tracked: list[Tracked] = []
-        self._at: dict[tuple[int, str], Tracked] = {}  # (module, leaf) -> what is registered there
-        self._waiting: dict[torch.nn.Module, int] = {}  # how many of its tensors are not final
-        for entry in self.plan.entries:
-            if entry.scheme is None:
-                self.report.passed_through[entry.name] = entry.why
-                if entry.on_meta:
-                    self._make_real(entry)
-            if not entry.tracked:
-                continue
-            tracked = Tracked(entry, self._staging)
-            self._tracked.append(tracked)
-            for place in tracked.places:
-                self._at[id(place.module), place.leaf] = tracked
-            for t in entry.tensors:
-                self._writes.track(tracked, t)
-            for module in tracked.modules:
-                self._waiting[module] = self._waiting.get(module, 0) + 1
-
-    def _make_real(self, entry: Entry):
-        first = entry.tensors[0]
-        real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=self.device)
-        if entry.logical != entry.shape or entry.optional:
-            real.zero_()
-        for t in entry.tensors:
-            exchange(t, real, t.requires_grad)
-
-    # While the engine loads.
-
-    def _registered(self, module, leaf, value):
-        """A tensor takes the place of a tracked one (`module.weight = Parameter(w)`): that is a write of it."""
-        tracked = self._at.get((id(module), leaf))
-        if tracked is None or value is None or tracked.installed or value.is_meta or self._writes.owner(value):
-            return None
-        self._writes.assign(tracked, tracked.handle, value)
-        place = next(p for p in tracked.places if p.module is module and p.leaf == leaf)
-        return place.registry.get(leaf, tracked.entry.tensors[0])
-
-    def _tensor_is_final(self, tracked: Tracked):
-        if self._on_module is None:
-            return
-        for module in tracked.modules:
-            self._waiting[module] -= 1
-            if not self._waiting[module]:
-                self._install_module(module)
-
-    def _install_module(self, module):
-        for tracked in self._tracked:
-            if module in tracked.modules:
-                self._install(tracked)
-        if self._on_module is not None:
-            self._on_module(module)
-
-    def _install(self, tracked: Tracked):
-        if tracked.installed or tracked.entry.scheme is None:
-            return
-        tracked.installed = True
-        tracked.allocate(self.device)  # a weight without experts has had no unit to do it
-        for t in {id(t): t for t in (p.registry[p.leaf] for p in tracked.places)}.values():
-            exchange(t, tracked.q)
-        self._writes.track(tracked, tracked.q)  # what still arrives is verified
-        scale = torch.nn.Parameter(tracked.scale, requires_grad=False)
-        for place in tracked.places:
-            place.module.register_parameter(f"{place.leaf}_scale", scale)
-        self.report.quantized_tensors += 1
-
-    def _advance(self, unit: Unit):
-        if self._progress is not None:
-            entry = unit.tracked.entry
-            self._bytes_done += entry.bytes_in // len(unit.tracked.units)
-            self._progress(self._bytes_done, self.plan.bytes_in, str(unit))
-
-    # The end.
-
-    def _finish(self):
-        started, quantizing = time.perf_counter(), self.report.seconds_by_phase.get("quantize", 0.0)
-        if self._writes.error is not None:
-            raise self._writes.error
-        self._follow_replaced()
-        self._writes.flush()
-        for tracked in self._tracked:
-            self._fill_in(tracked)
-        check_complete(self._tracked, self.report.shards)
-        check_finite(self._tracked)
-        for tracked in self._tracked:
-            self._install(tracked)
-        check_nothing_on_meta(self.model, self.plan)
-        if self._on_module is not None:
-            for module, count in self._waiting.items():
-                if count:
-                    self._on_module(module)
-        if self._on_finish is not None:
-            self._on_finish(self.model)
-        self._complete_report(started, quantizing)
-
-    def _follow_replaced(self):
-        """Find by identity what no op tells of: tensors that were tied, replaced or exchanged meanwhile."""
-        for tracked in self._tracked:
-            for place in list(tracked.places):
-                current = place.registry.get(place.leaf)
-                if tracked.installed:
-                    continue
-                if current is None:
-                    raise LoadError(f"`{place.name}` was removed from its module while it was loaded")
-                owner = self._writes.owner(current)
-                if owner is None:
-                    if current.is_meta:
-                        raise LoadError(f"`{place.name}` was replaced by another tensor on meta while it was loaded")
-                    self._writes.assign(tracked, tracked.handle, current)
-                    place.registry[place.leaf] = held = tracked.object_at[place]
-                    if self._writes.owner(held) is None:
-                        exchange(held, tracked.handle, held.requires_grad)
-                elif owner is not tracked:  # tied to another parameter
-                    tracked.places.remove(place)
-                    owner.places.append(place)
-                elif tuple(current.shape) != tracked.entry.shape:
-                    raise LoadError(
-                        f"`{place.name}` must keep the shape {tracked.entry.shape} while it loads, got "
-                        f"{tuple(current.shape)}; change layouts in `on_module` or `on_finish`"
-                    )
-        self._tracked = [tracked for tracked in self._tracked if tracked.places]
-
-    def _fill_in(self, tracked):
-        """Finish what nothing has to arrive for: units without elements, and optional tensors that did not."""
-        absent = tracked.entry.optional and all(not u.final and u.coverage.empty for u in tracked.units)
-        if absent:
-            self.report.defaulted.append(tracked.entry.name)
-        for unit in tracked.units:
-            if not unit.final and (absent or unit.coverage.complete):
-                self._writes.finish_as_it_is(unit)
-
-    def _complete_report(self, started, quantizing):
-        report = self.report
-        report.bytes_out = sum(tracked.entry.bytes_out for tracked in self._tracked)
-        report.peak_staging_bytes = self._staging.peak
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            report.resident = torch.cuda.memory_allocated(self.device)
-            report.peak_allocated = torch.cuda.max_memory_allocated(self.device)
-            report.peak_reserved = torch.cuda.max_memory_reserved(self.device)
-        now = time.perf_counter()
-        report.seconds = now - self._started
-        phases = report.seconds_by_phase
-        phases["load"] = started - self._started - quantizing
-        phases["finish"] = now - started - (phases.get("quantize", 0.0) - quantizing)
 
     def _roll_back(self):
         self._snapshot.restore()
@@ -294,8 +128,8 @@ class LayerwiseLoader:
 
     def _let_go(self):
         """Drop every buffer and every reference into the model."""
-        self._exits = self._writes = self._staging = self._snapshot = None
-        self._tracked, self._at, self._waiting = [], {}, {}
+        self._session.close()
+        self._session = self._snapshot = None
 
 
 def _real_device(device):

@@ -202,7 +202,7 @@ def test_an_exception_leaves_the_model_as_it_was(kind):
         on_unit = hooks.get("on_unit", lambda unit, q, scale: results.append(weakref.ref(q)))
         options = {**hooks, "on_unit": on_unit}
         with LayerwiseLoader(model, device="cpu", **options) as loader:
-            results.extend(weakref.ref(t) for t in (model.embed.weight.data, loader._staging))
+            results.extend(weakref.ref(t) for t in (model.embed.weight.data, loader._session._staging))
             _copy_all(model, {k: v for k, v in state.items() if kind != "incomplete" or k != "fc2.weight"})
             model.fc.late = nn.Parameter(torch.ones(3))
             if kind == "body":

@@ -1,0 +1,220 @@
+"""One load, from entering the loader's context to leaving it: what is tracked, installed and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from ..errors import LoadError
+from .checks import check_complete, check_finite, check_nothing_on_meta
+from .copy_counter import CopyCounter
+from .install import exchange
+from .plan import Entry, Plan
+from .report import Report
+from .staging import Staging, Tracked, Unit
+from .writes import Writes
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a caller is told of a load; see `LayerwiseLoader`."""
+
+    on_unit: Callable[[Unit, torch.Tensor, torch.Tensor], None] | None = None
+    on_module: Callable[[torch.nn.Module], None] | None = None
+    on_finish: Callable[[torch.nn.Module], None] | None = None
+    progress: Callable[[int, int, str], None] | None = None
+
+
+class Session:
+    """The state of one load.
+
+    Args:
+        model, plan: what is loaded; the plan's tensors on meta or real.
+        staging: where open units wait, and the device.
+        report: counts what happens.
+        hooks: of the caller.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, staging: Staging, report: Report, hooks: Hooks):
+        self.model, self.plan, self.report = model, plan, report
+        self._staging, self._hooks = staging, hooks
+        self._device = staging.device
+        self._started = time.perf_counter()
+        self._bytes_done = 0
+        self._exits = contextlib.ExitStack()
+        self.writes = Writes(staging, report, hooks.on_unit, self._tensor_is_final, self._advance)
+        self.tracked: list[Tracked] = []
+        self._at: dict[tuple[int, str], Tracked] = {}  # (module, leaf) -> what is registered there
+        self._waiting: dict[torch.nn.Module, int] = {}  # how many of its tensors are not final
+
+    def start(self):
+        """From now on, what this thread writes to the plan's tensors is seen."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        for entry in self.plan.entries:
+            self._track(entry)
+        for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook):
+            self._exits.callback(register(self._registered).remove)
+        self._exits.enter_context(CopyCounter(self.writes))
+
+    def stop(self):
+        """The end of loading: ops go their usual way again."""
+        self._exits.close()
+
+    def close(self):
+        """Let go of every buffer and of the model, also where something still refers to this session."""
+        self.stop()
+        self.writes = self._staging = self._hooks = self.model = None
+        self.tracked, self._at, self._waiting = [], {}, {}
+
+    def _track(self, entry):
+        if entry.scheme is None:
+            self.report.passed_through[entry.name] = entry.why
+            if entry.on_meta:
+                self._make_real(entry)
+        if not entry.tracked:
+            return
+        tracked = Tracked(entry, self._staging)
+        self.tracked.append(tracked)
+        for place in tracked.places:
+            self._at[id(place.module), place.leaf] = tracked
+        for t in entry.tensors:
+            self.writes.track(tracked, t)
+        for module in tracked.modules:
+            self._waiting[module] = self._waiting.get(module, 0) + 1
+
+    def _make_real(self, entry: Entry):
+        first = entry.tensors[0]
+        real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=self._device)
+        if entry.logical != entry.shape or entry.optional:
+            real.zero_()
+        for t in entry.tensors:
+            exchange(t, real, t.requires_grad)
+
+    # While the engine loads.
+
+    def _registered(self, module, leaf, value):
+        """A tensor takes the place of a tracked one (`module.weight = Parameter(w)`): that is a write of it."""
+        tracked = self._at.get((id(module), leaf))
+        if tracked is None or value is None or tracked.installed or value.is_meta or self.writes.owner(value):
+            return None
+        self.writes.assign(tracked, tracked.handle, value)
+        place = next(p for p in tracked.places if p.module is module and p.leaf == leaf)
+        return place.registry.get(leaf, tracked.entry.tensors[0])
+
+    def _tensor_is_final(self, tracked: Tracked):
+        if self._hooks.on_module is None:
+            return
+        for module in tracked.modules:
+            self._waiting[module] -= 1
+            if not self._waiting[module]:
+                self._install_module(module)
+
+    def _install_module(self, module):
+        for tracked in self.tracked:
+            if module in tracked.modules:
+                self._install(tracked)
+        if self._hooks.on_module is not None:
+            self._hooks.on_module(module)
+
+    def _install(self, tracked: Tracked):
+        if tracked.installed or tracked.entry.scheme is None:
+            return
+        tracked.installed = True
+        tracked.allocate(self._device)  # a weight without experts has had no unit to do it
+        for t in {id(t): t for t in (p.registry[p.leaf] for p in tracked.places)}.values():
+            exchange(t, tracked.q)
+        self.writes.track(tracked, tracked.q)  # what still arrives is verified
+        scale = torch.nn.Parameter(tracked.scale, requires_grad=False)
+        for place in tracked.places:
+            place.module.register_parameter(f"{place.leaf}_scale", scale)
+        self.report.quantized_tensors += 1
+
+    def _advance(self, unit: Unit):
+        if self._hooks.progress is not None:
+            entry = unit.tracked.entry
+            self._bytes_done += entry.bytes_in // len(unit.tracked.units)
+            self._hooks.progress(self._bytes_done, self.plan.bytes_in, str(unit))
+
+    # The end.
+
+    def finish(self):
+        """Check that everything arrived, install the results and call the hooks."""
+        started, quantizing = time.perf_counter(), self.report.seconds_by_phase.get("quantize", 0.0)
+        if self.writes.error is not None:
+            raise self.writes.error
+        self._follow_replaced()
+        self.writes.flush()
+        for tracked in self.tracked:
+            self._fill_in(tracked)
+        check_complete(self.tracked, self.report.shards)
+        check_finite(self.tracked)
+        for tracked in self.tracked:
+            self._install(tracked)
+        check_nothing_on_meta(self.model, self.plan)
+        if self._hooks.on_module is not None:
+            for module, count in self._waiting.items():
+                if count:
+                    self._hooks.on_module(module)
+        if self._hooks.on_finish is not None:
+            self._hooks.on_finish(self.model)
+        self._complete_report(started, quantizing)
+
+    def _follow_replaced(self):
+        """Find by identity what no op tells of: tensors that were tied, replaced or exchanged meanwhile."""
+        for tracked in self.tracked:
+            for place in list(tracked.places):
+                current = place.registry.get(place.leaf)
+                if tracked.installed:
+                    continue
+                if current is None:
+                    raise LoadError(f"`{place.name}` was removed from its module while it was loaded")
+                owner = self.writes.owner(current)
+                if owner is None:
+                    if current.is_meta:
+                        raise LoadError(f"`{place.name}` was replaced by another tensor on meta while it was loaded")
+                    self.writes.assign(tracked, tracked.handle, current)
+                    place.registry[place.leaf] = held = tracked.object_at[place]
+                    if self.writes.owner(held) is None:
+                        exchange(held, tracked.handle, held.requires_grad)
+                elif owner is not tracked:  # tied to another parameter
+                    tracked.places.remove(place)
+                    owner.places.append(place)
+                elif tuple(current.shape) != tracked.entry.shape:
+                    raise LoadError(
+                        f"`{place.name}` must keep the shape {tracked.entry.shape} while it loads, got "
+                        f"{tuple(current.shape)}; change layouts in `on_module` or `on_finish`"
+                    )
+        self.tracked = [tracked for tracked in self.tracked if tracked.places]
+
+    def _fill_in(self, tracked):
+        """Finish what nothing has to arrive for: units without elements, and optional tensors that did not."""
+        absent = tracked.entry.optional and all(not u.final and u.coverage.empty for u in tracked.units)
+        if absent:
+            self.report.defaulted.append(tracked.entry.name)
+        for unit in tracked.units:
+            if not unit.final and (absent or unit.coverage.complete):
+                self.writes.finish_as_it_is(unit)
+
+    def _complete_report(self, started, quantizing):
+        report = self.report
+        report.bytes_out = sum(tracked.entry.bytes_out for tracked in self.tracked)
+        report.peak_staging_bytes = self._staging.peak
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            report.resident = torch.cuda.memory_allocated(self._device)
+            report.peak_allocated = torch.cuda.max_memory_allocated(self._device)
+            report.peak_reserved = torch.cuda.max_memory_reserved(self._device)
+        now = time.perf_counter()
+        report.seconds = now - self._started
+        phases = report.seconds_by_phase
+        phases["load"] = started - self._started - quantizing
+        phases["finish"] = now - started - (phases.get("quantize", 0.0) - quantizing)
