@@ -1,4 +1,4 @@
-"""The `fp8-kernels` command: plan, quantize, load, verify, env.
+"""The `fp8-kernels` command: plan, quantize, amax, load, verify, env.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 `verify` found problems; 2 bad
 arguments or input; 130 interrupted.
@@ -66,6 +66,15 @@ def quantize(args) -> int:
         **_selection(args),
     )
     _print(args, report.as_dict(), f"wrote {args.out} ({args.format})\n{report}")
+    return 0
+
+
+def amax(args) -> int:
+    """Keep every weight's maximum beside the weights, so that per_tensor scales need no second look at them."""
+    from .checkpoint import write_amax
+
+    path = write_amax(args.model, device=args.device, progress=ByteProgress("amax"))
+    _print(args, {"path": str(path)}, f"wrote {path}")
     return 0
 
 
@@ -218,6 +227,7 @@ def _parser():
     sub.add_argument("--dtype", default="e4m3", choices=FP8_DTYPES)
     sub.add_argument("--overwrite", action="store_true", help="replace OUT_DIR")
     device(sub)
+    device(command(amax))
     sub = selection(command(load))
     sub.add_argument("--activation", default="dynamic", choices=("dynamic", "none"),
                      help="quantize activations per token, or keep them (default: %(default)s)")  # fmt: skip

@@ -57,6 +57,15 @@ def test_quantize_then_verify(checkpoint, tmp_path, capsys):
     assert any(name in printed for name in tiny.tensors())
 
 
+def test_amax_is_used_when_quantizing(checkpoint, tmp_path, capsys):
+    """The sidecar appears beside the weights; once they change it stops `quantize`, by name."""
+    assert cli.main(["amax", str(checkpoint), "--device", "cpu"]) == 0
+    assert "fp8_amax.json" in capsys.readouterr().out and (checkpoint / "fp8_amax.json").exists()
+    os.utime(next(checkpoint.glob("*.safetensors")))
+    assert cli.main(["quantize", str(checkpoint), str(tmp_path / "fp8"), "--scheme", "per_tensor"]) == 2
+    assert "fp8_amax.json is stale" in capsys.readouterr().err
+
+
 def test_schemes_by_pattern(checkpoint, tmp_path, capsys):
     """--scheme-for gives some weights another scheme; --include takes the head along."""
     args = ["plan", str(checkpoint), "--json", "--scheme-for", "*.down_proj=per_tensor", "--include", "lm_head"]

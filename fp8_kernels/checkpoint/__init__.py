@@ -1,5 +1,6 @@
 """Hugging Face checkpoint folders: read, quantize to FP8, verify; streams of their tensors."""
 
+from .amax import read_amax, write_amax
 from .formats import FORMATS
 from .plan import plan_checkpoint
 from .quantize import quantize_checkpoint
@@ -20,5 +21,7 @@ __all__ = [
     "quantization_config",
     "quantize_checkpoint",
     "quantize_weights",
+    "read_amax",
     "verify_checkpoint",
+    "write_amax",
 ]

@@ -15,6 +15,7 @@ from ..errors import CheckpointError, NonFiniteWeightError, UnsupportedLayoutErr
 from ..loading.report import Report
 from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, as_scheme, dtype_name, scheme_name
+from .amax import read_amax
 from .folder import PartialFolder
 from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, family_of, module_of
 from .plan import PlannedTensor, plan_tensors
@@ -155,7 +156,8 @@ class Quantizer:
 
     def __init__(self, checkpoint: Checkpoint, items: Mapping[str, PlannedTensor], dtype: torch.dtype, device):
         self._checkpoint, self._items, self._dtype, self._device = checkpoint, items, dtype, torch.device(device)
-        self._shared: dict[str, torch.Tensor] = {}  # amax of every per_tensor weight so far; four bytes each
+        # amax of every per_tensor weight so far, four bytes each; of all from the start where there is a sidecar
+        self._shared = {name: amax.to(device) for name, amax in read_amax(checkpoint).items()}
         self.peak_bytes = 0
 
     def quantize(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from .safetensors_file import DTYPES, num_bytes
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Files that hold weights in some format, or speak of them; a conversion does not carry them over.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+AMAX_SIDECAR = "fp8_amax.json"  # see `amax`; of these very weights, so it does not go where others are written
 _LFS_MAGIC = b"version https://git-lfs"
 # Pages of a mapped file count as resident until it is unmapped, so it is, once this much has been read.
 _REMAP_BYTES = 32 << 20
@@ -103,7 +104,7 @@ class Checkpoint:
         for folder, subfolders, names in os.walk(self.folder):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__pycache__")))
             for name in sorted(names):
-                if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES):
+                if not name.startswith(".") and not name.endswith((*_WEIGHT_SUFFIXES, AMAX_SIDECAR)):
                     found.append(os.path.relpath(os.path.join(folder, name), self.folder))
         return found
 

@@ -29,6 +29,7 @@ def quantize_weights(
     dtype: torch.dtype = torch.float8_e4m3fn,
     device: torch.device | str | None = None,
     names: Iterable[str] | None = None,
+    amax: Mapping[str, torch.Tensor] | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> QuantizedWeights:
     """Iterate over a checkpoint's tensors as if it had been written in FP8.
@@ -51,6 +52,7 @@ def quantize_weights(
         device: where weights are quantized and their codes and scales are; by default where each one is.
         names: of all tensors of the checkpoint, where they are known: a family then waits only for members that
             exist. Without them a partial family leaves at the end.
+        amax: name -> `max |w|` of the weights, from `read_amax`: a family whose members are all in it waits for none.
         progress: called with (bytes done, name) after every tensor.
 
     Returns:
@@ -65,7 +67,7 @@ def quantize_weights(
     """
     rules = Rules(scheme, tuple(ignore), tuple(include), dict(schemes or {}))
     known = None if names is None else frozenset(names)
-    return QuantizedWeights(weights, rules, as_format(format), dtype, device, known, progress)
+    return QuantizedWeights(weights, rules, as_format(format), dtype, device, known, amax or {}, progress)
 
 
 def quantization_config(
@@ -104,8 +106,9 @@ class QuantizedWeights:
         report: what was done so far. `peak_staging_bytes` are those of the weights that were held at once.
     """
 
-    def __init__(self, weights, rules, fmt, dtype, device, names, progress):
+    def __init__(self, weights, rules, fmt, dtype, device, names, amax, progress):
         self._weights, self._rules, self._fmt, self._names, self._progress = weights, rules, fmt, names, progress
+        self._amax = amax
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
         self._families: dict[tuple, dict[str, torch.Tensor]] = {}  # members that wait for the others, as copies
         self._finite: dict[str, torch.Tensor] = {}  # looked at once, at the end: a look waits for the device
@@ -164,6 +167,10 @@ class QuantizedWeights:
         ]
         if len(members) == 1:
             yield from self._quantized(name, tensor, scheme, None)
+            return
+        known = [self._amax[member] for member in members if member in self._amax]
+        if name in self._amax and (self._names is None or len(known) == len(members)):
+            yield from self._quantized(name, tensor, scheme, torch.stack(known).amax(dim=0))
             return
         key = (tuple(members), scheme)
         waiting = self._families.setdefault(key, {})
