@@ -65,32 +65,46 @@ void check_amax_type(const Tensor& t) {
   STD_TORCH_CHECK(scalar_type(t) == ScalarType::Float, "`amax` must be float32");
 }
 
-std::string shape_text(int64_t a, int64_t b, int64_t c) {
-  return "[" + std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + "]";
+std::string shape_text(const int64_t* sizes, int64_t dim) {
+  std::string text = "[";
+  for (int64_t i = 0; i < dim; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
 }
 
-// A tensor [a, b, c] on the device of `w`. Python checks more, with the names that the user gave; this keeps a
-// direct caller of the op from reading or writing outside of a tensor.
-View view(const char* name, const Tensor& t, int64_t a, int64_t b, int64_t c, const Tensor& w) {
+// A tensor on the device of `w` as [units, rows, columns]: it has one dimension less where `w` is one unit, and no
+// rows and columns where `is_grid` is false, as scales that cover whole weights have none. All that Python checks is
+// checked here, so that Python need not where CUDA serves.
+View view(const char* name, const Tensor& t, int64_t units, int64_t rows, int64_t cols, const Tensor& w,
+          bool is_grid = true) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == w.get_device_index(), "`", name,
                   "` must be on the CUDA device of the first argument");
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == a && t.size(1) == b && t.size(2) == c, "`", name,
-                  "` must have shape ", shape_text(a, b, c));
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  const int64_t sizes[] = {units, rows, cols};
+  const int64_t first = w.dim() == 3 ? 0 : 1, dim = (is_grid ? 3 : 1) - first;
+  int64_t strides[3] = {};
+  bool same = t.dim() == dim;
+  for (int64_t i = 0; same && i < dim; ++i) {
+    same = t.size(i) == sizes[first + i];
+    strides[first + i] = t.stride(i);
+  }
+  STD_TORCH_CHECK(same, "`", name, "` must have shape ", shape_text(sizes + first, dim));
+  return {t.data_ptr(), strides[0], strides[1], strides[2]};
 }
+
+bool has_grid(int64_t block_n, int64_t block_k) { return block_n != kWhole || block_k != kWhole; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int64_t num_blocks(int64_t extent, int64_t block) { return block == kWhole ? 1 : ceil_div(extent, block); }
+
 Grouping make_grouping(const Tensor& w, int64_t block_n, int64_t block_k) {
-  STD_TORCH_CHECK(w.dim() == 3, "the weight must have three dimensions, got ", w.dim());
+  STD_TORCH_CHECK(w.dim() == 2 || w.dim() == 3, "the weight must have two or three dimensions, got ", w.dim());
   STD_TORCH_CHECK((block_n > 0 || block_n == kWhole) && (block_k > 0 || block_k == kWhole),
                   "block sizes must be positive or -1, got ", block_n, " and ", block_k);
   Grouping g;
-  g.num_units = w.size(0);
-  g.num_rows = w.size(1);
-  g.num_cols = w.size(2);
-  const int64_t grid_n = block_n == kWhole ? 1 : ceil_div(g.num_rows, block_n);
-  const int64_t grid_k = block_k == kWhole ? 1 : ceil_div(g.num_cols, block_k);
+  g.num_units = w.dim() == 3 ? w.size(0) : 1;
+  g.num_rows = w.size(w.dim() - 2);
+  g.num_cols = w.size(w.dim() - 1);
+  const int64_t grid_n = num_blocks(g.num_rows, block_n), grid_k = num_blocks(g.num_cols, block_k);
   g.num_groups = g.num_units * grid_n * grid_k;
   const int64_t rows = std::max<int64_t>(1, block_n == kWhole ? g.num_rows : std::min(block_n, g.num_rows));
   const int64_t cols = std::max<int64_t>(1, block_k == kWhole ? g.num_cols : std::min(block_k, g.num_cols));
@@ -159,19 +173,20 @@ void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tens
   QuantizeParams p = {};
   p.grouping = make_grouping(w, block_n, block_k);
   Grouping& g = p.grouping;
-  const auto grid_n = static_cast<int64_t>(g.grid_n.value), grid_k = static_cast<int64_t>(g.grid_k.value);
-  if (g.num_groups == 0) return;
+  const int64_t grid_n = num_blocks(g.num_rows, block_n), grid_k = num_blocks(g.num_cols, block_k);
   p.w = view("w", w, g.num_units, g.num_rows, g.num_cols, w);
   p.q = view("q", q, g.num_units, g.num_rows, g.num_cols, w);
-  p.scale = view("scale", scale, g.num_units, grid_n, grid_k, w);
+  const bool is_grid = has_grid(block_n, block_k);
+  p.scale = view("scale", scale, g.num_units, grid_n, grid_k, w, is_grid);
   if (amax.has_value()) {
     check_amax_type(*amax);
-    p.amax = view("amax", *amax, g.num_units, grid_n, grid_k, w);
+    p.amax = view("amax", *amax, g.num_units, grid_n, grid_k, w, is_grid);
   }
   const InputType type = input_type("w", w);
   p.fp8_type = fp8_type("q", q);
   p.scale_type = scale_type(scale);
   p.pow2 = pow2;
+  if (g.num_groups == 0) return;
   if (block_n == kWhole && block_k == kWhole && rows_adjoin(p.w, g) && rows_adjoin(p.q, g)) join_rows(g);
   const bool aligned = is_aligned(p.w, g, w.element_size()) && is_aligned(p.q, g, 1);
 
@@ -191,12 +206,13 @@ void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t bloc
   AmaxParams p = {};
   p.grouping = make_grouping(w, block_n, block_k);
   Grouping& g = p.grouping;
-  if (g.num_groups == 0) return;
+  const int64_t grid_n = num_blocks(g.num_rows, block_n), grid_k = num_blocks(g.num_cols, block_k);
   p.w = view("w", w, g.num_units, g.num_rows, g.num_cols, w);
-  p.amax = view("amax", amax, g.num_units, g.grid_n.value, g.grid_k.value, w);
+  p.amax = view("amax", amax, g.num_units, grid_n, grid_k, w, has_grid(block_n, block_k));
   p.accumulate = accumulate;
   const InputType type = input_type("w", w);
   check_amax_type(amax);
+  if (g.num_groups == 0) return;
   if (block_n == kWhole && block_k == kWhole && rows_adjoin(p.w, g)) join_rows(g);
   const bool aligned = is_aligned(p.w, g, w.element_size());
 
@@ -214,13 +230,14 @@ void dequantize_out(const Tensor& q, const Tensor& scale, const Tensor& w, int64
   DequantizeParams p = {};
   p.grouping = make_grouping(q, block_n, block_k);
   const Grouping& g = p.grouping;
-  if (g.num_units * g.num_rows * g.num_cols == 0) return;
+  const int64_t grid_n = num_blocks(g.num_rows, block_n), grid_k = num_blocks(g.num_cols, block_k);
   p.q = view("q", q, g.num_units, g.num_rows, g.num_cols, q);
-  p.scale = view("scale", scale, g.num_units, g.grid_n.value, g.grid_k.value, q);
+  p.scale = view("scale", scale, g.num_units, grid_n, grid_k, q, has_grid(block_n, block_k));
   p.w = view("w", w, g.num_units, g.num_rows, g.num_cols, q);
   const InputType type = input_type("w", w);
   p.fp8_type = fp8_type("q", q);
   p.scale_type = scale_type(scale);
+  if (g.num_units * g.num_rows * g.num_cols == 0) return;
   const bool aligned = is_aligned(p.q, g, 1) && is_aligned(p.w, g, w.element_size());
 
   const DeviceGuard guard(q.get_device_index());

@@ -1,5 +1,6 @@
 """Quantize a model to FP8 while its weights load."""
 
+from .backends import available_backends
 from .checkpoint import (
     open_checkpoint,
     quantization_config,
@@ -19,7 +20,7 @@ from .errors import (
 from .load import load_checkpoint, load_model
 from .loading import LayerwiseLoader, Plan, Report, make_plan
 from .modules import Fp8Experts, Fp8Linear, make_runnable
-from .ops import amax, available_backends, dequantize, quantize
+from .ops import amax, dequantize, quantize
 from .schemes import PerBlock, PerChannel, PerGroup, PerTensor, Scheme, mxfp8
 
 __version__ = "0.1.0"

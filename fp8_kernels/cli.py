@@ -119,7 +119,7 @@ def env(args) -> int:
     from importlib import metadata
 
     from . import _ext
-    from .ops import available_backends
+    from .backends import available_backends
 
     def version(package):
         try:

@@ -1,38 +1,22 @@
-"""quantize, amax, dequantize: checks, allocation, backend choice, schemas and fakes.
+"""quantize, amax, dequantize: the public ops. They check, allocate, and call the registered ones (`backends`).
 
-The registered ops (`torch.ops.fp8_kernels.*`) see one canonical form: weights `[E, N, K]`, groups of
-`block_n x block_k`, every output an argument that they write. So they have nothing to allocate and their
-fakes have nothing to say. The functions here check, allocate, bring the tensors into that form and call.
-
-Which backend serves a call is decided by the tensor: a CUDA tensor goes to the CUDA extension where it was
-built, else to Triton, any other to plain PyTorch (`reference`). `backend=` overrides per call. The environment
-variable `FP8_KERNELS_BACKEND` (a name of `BACKENDS`), read at import, overrides for CUDA tensors.
+Which backend serves a call is decided by the tensor, see `backends`; `backend=` overrides per call.
 """
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from . import _ext, reference, torch_kernels
+from . import backends, reference
 from .schemes import Scheme, as_scheme, dtype_name
 
-BACKENDS = ("cuda", "triton", "reference")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = tuple(reference.FP8_MAX)
 
-_library = torch.library.Library("fp8_kernels", "DEF")
-for _schema in (
-    "quantize_out(Tensor w, Tensor? amax, Tensor(a!) q, Tensor(b!) scale, int block_n, int block_k, bool pow2) -> ()",
-    "amax_out(Tensor w, Tensor(a!) amax, int block_n, int block_k, bool accumulate) -> ()",
-    "dequantize_out(Tensor q, Tensor scale, Tensor(a!) w, int block_n, int block_k) -> ()",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-_OPS = ("quantize_out", "amax_out", "dequantize_out")
 # The registered ops take e8m0 scales as bytes: torch.compile's passes leave out every node that touches the dtype,
 # the one included that must replace a mutating op.
 _BYTES = {torch.float8_e8m0fnu: torch.uint8}
+_quantize_out = backends.OPS["quantize_out"]
 
 
 def quantize(
@@ -64,20 +48,26 @@ def quantize(
         RuntimeError: `backend` is not available for this tensor.
     """
     scheme = as_scheme(scheme)
-    _check_weight("w", w)
-    shape = scheme.scale_shape(w.shape)
+    # The CUDA op itself refuses all that the checks refuse, before it writes anything. So a call that it takes is
+    # spared them, and one that it refuses gets their words.
+    direct = backend is None and _is_direct(w, scheme, out)
+    if not direct:
+        _check_quantize(w, scheme, dtype, out, amax)
     if out is None:
-        _check_dtype("dtype", dtype, FP8_DTYPES)
-        q = torch.empty(w.shape, dtype=dtype, device=w.device)
-        scale = torch.empty(shape, dtype=_BYTES.get(scheme.scale_dtype, scheme.scale_dtype), device=w.device)
+        q = torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
+        scale_dtype = _BYTES.get(scheme.scale_dtype, scheme.scale_dtype)
+        scale = torch.empty(scheme.scale_shape(w.shape), dtype=scale_dtype, device=w.device)
     else:
         q, scale = out
-        _check_tensor("out[0]", q, w.shape, FP8_DTYPES, w.device)
-        _check_tensor("out[1]", scale, shape, (scheme.scale_dtype,), w.device)
-    if amax is not None:
-        _check_tensor("amax", amax, shape, (torch.float32,), w.device)
-    op = _op("quantize_out", backend, w)
-    for w_, amax_, q_, scale_ in _units(w, _as_grid(amax, w), q, _as_grid(scale, w)):
+    if direct:
+        try:
+            _quantize_out(w, amax, q, scale, *scheme.block, scheme.pow2)
+        except RuntimeError:
+            _check_quantize(w, scheme, dtype, out, amax)
+            raise
+        return q, scale
+    op = backends.op("quantize_out", backend, w.device)
+    for w_, amax_, q_, scale_ in _batches(w.ndim - 3, w, amax, q, _as_bytes(scale)):
         op(w_, amax_, q_, scale_, *scheme.block, scheme.pow2)
     return q, (scale if scale.dtype == scheme.scale_dtype else scale.view(scheme.scale_dtype))
 
@@ -114,8 +104,8 @@ def amax(
             raise ValueError("`accumulate=True` must come with `out`, which holds the maximum so far")
         out = torch.empty(shape, dtype=torch.float32, device=w.device)
     _check_tensor("out", out, shape, (torch.float32,), w.device)
-    op = _op("amax_out", backend, w)
-    for w_, out_ in _units(w, _as_grid(out, w)):
+    op = backends.op("amax_out", backend, w.device)
+    for w_, out_ in _batches(w.ndim - 3, w, out):
         op(w_, out_, *scheme.block, accumulate)
     return out
 
@@ -157,8 +147,8 @@ def dequantize(
         _check_dtype("dtype", dtype, WEIGHT_DTYPES)
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
     _check_tensor("out", out, q.shape, WEIGHT_DTYPES, q.device)
-    op = _op("dequantize_out", backend, q)
-    for q_, scale_, out_ in _units(q, _as_grid(scale, q), out):
+    op = backends.op("dequantize_out", backend, q.device)
+    for q_, scale_, out_ in _batches(q.ndim - 3, q, _as_bytes(scale), out):
         op(q_, scale_, out_, *block)
     return out
 
@@ -179,30 +169,48 @@ def block_of(q, scale):
     )
 
 
-# Canonical form.
+# What the registered ops take.
 
 
-def _as_grid(scale, w):
-    """Scales as `[..., SN, SK]`: one scale a weight becomes a grid of one; e8m0 as bytes, see `_BYTES`."""
-    if scale is None:
-        return None
-    if scale.dtype in _BYTES:
-        scale = scale.view(_BYTES[scale.dtype])
-    return scale[..., None, None] if scale.ndim == w.ndim - 2 else scale
+def _is_direct(w, scheme, out):
+    """The CUDA op takes these as they are. Not where a compiler traces: the op's fake refuses nothing."""
+    return (
+        backends.CUDA_DEFAULT == "cuda"
+        and isinstance(w, torch.Tensor)
+        and w.is_cuda
+        and w.ndim in (2, 3)
+        and scheme.scale_dtype is torch.float32
+        and (out is None or getattr(out[1], "dtype", None) is torch.float32)
+        and not torch.compiler.is_compiling()
+    )
 
 
-def _units(first, *rest):
-    """The same tensors as `[E, A, B]`, without copying; more than three dimensions in several steps."""
-    if first.ndim == 2:
-        yield tuple(t if t is None else t.unsqueeze(0) for t in (first, *rest))
-    elif first.ndim == 3:
-        yield (first, *rest)
-    else:
-        for i in range(first.shape[0]):
-            yield from _units(*(t if t is None else t[i] for t in (first, *rest)))
+def _as_bytes(scale):
+    return scale.view(_BYTES[scale.dtype]) if scale.dtype in _BYTES else scale
+
+
+def _batches(levels, *tensors):
+    """The same tensors without the first `levels` dimensions, one index after the other."""
+    if levels <= 0:
+        yield tensors
+        return
+    for i in range(tensors[0].shape[0]):
+        yield from _batches(levels - 1, *(t if t is None else t[i] for t in tensors))
 
 
 # Checks.
+
+
+def _check_quantize(w, scheme, dtype, out, amax):
+    _check_weight("w", w)
+    shape = scheme.scale_shape(w.shape)
+    if out is None:
+        _check_dtype("dtype", dtype, FP8_DTYPES)
+    else:
+        _check_tensor("out[0]", out[0], w.shape, FP8_DTYPES, w.device)
+        _check_tensor("out[1]", out[1], shape, (scheme.scale_dtype,), w.device)
+    if amax is not None:
+        _check_tensor("amax", amax, shape, (torch.float32,), w.device)
 
 
 def _check_weight(name, w):
@@ -226,61 +234,3 @@ def _check_dtype(name, dtype, allowed):
     if dtype not in allowed:
         names = ", ".join(dtype_name(d) for d in allowed)
         raise TypeError(f"`{name}` must be one of {names}, got {dtype_name(dtype)}")
-
-
-# Backends.
-
-
-def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that serve tensors of that device, the default one first."""
-    if torch.device(device).type != "cuda":
-        return ("reference",)
-    return tuple(sorted(_CUDA_BACKENDS, key=lambda backend: backend != _CUDA_DEFAULT))
-
-
-def _op(name, backend, w):
-    """The callable that serves this call."""
-    if backend is None:
-        return getattr(torch.ops.fp8_kernels, name)
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {BACKENDS}, got {backend!r}")
-    if backend not in available_backends(w.device):
-        hint = " (the extension was not built, or not loaded)" if backend == "cuda" and w.is_cuda else ""
-        raise RuntimeError(f"backend {backend!r} does not serve tensors on {w.device}{hint}")
-    if backend == "cuda":
-        return getattr(torch.ops.fp8_kernels, name)
-    return getattr(_python_kernels(backend), name)
-
-
-def _python_kernels(backend):
-    """The module of a Python backend; Triton is imported on first use, since it need not be installed."""
-    if backend == "reference":
-        return torch_kernels
-    from . import triton_kernels
-
-    return triton_kernels
-
-
-def _register():
-    """Give every op its fake, its CPU kernel and its CUDA kernel; return (CUDA backends, the default one)."""
-    wanted = os.environ.get("FP8_KERNELS_BACKEND")
-    if wanted not in (None, "", *BACKENDS):
-        raise ValueError(f"FP8_KERNELS_BACKEND must be one of {BACKENDS}, got {wanted!r}")
-    # The library registers itself for CUDA tensors, so it is loaded only where it is to serve them.
-    loaded = wanted in (None, "", "cuda") and _ext.load()
-    if wanted == "cuda" and not loaded:
-        raise RuntimeError("FP8_KERNELS_BACKEND=cuda, but the CUDA extension was not built for this torch")
-    default = wanted or ("cuda" if loaded else "triton")
-    for op in _OPS:
-        torch.library.register_fake(f"fp8_kernels::{op}", lambda *args: None, lib=_library)
-        _library.impl(op, getattr(torch_kernels, op), "CPU")
-        if default != "cuda":
-            _library.impl(op, _deferred(default, op), "CUDA")
-    return tuple(b for b in BACKENDS if b != "cuda" or loaded), default
-
-
-def _deferred(backend, op):
-    return lambda *args: getattr(_python_kernels(backend), op)(*args)
-
-
-_CUDA_BACKENDS, _CUDA_DEFAULT = _register()

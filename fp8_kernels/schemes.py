@@ -44,8 +44,11 @@ class Scheme:
         raise NotImplementedError
 
     def scale_shape(self, shape) -> tuple[int, ...]:
-        """Shape of the scales of a weight of shape `[..., N, K]`."""
-        return (*shape[:-2], *grid(shape[-2], shape[-1], *self.block))
+        """Shape of the scales of a weight of shape `[..., N, K]`: no grid where one scale covers all of it."""
+        block_n, block_k = self.block
+        if block_n == block_k == WHOLE:
+            return tuple(shape[:-2])
+        return (*shape[:-2], _num_blocks(shape[-2], block_n), _num_blocks(shape[-1], block_k))
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,6 @@ class PerTensor(Scheme):
     @property
     def block(self):
         return WHOLE, WHOLE
-
-    def scale_shape(self, shape):
-        return tuple(shape[:-2])
 
 
 @dataclass(frozen=True)

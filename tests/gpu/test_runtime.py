@@ -5,6 +5,7 @@ import torch
 
 import fp8_kernels as fk
 from fp8_kernels.testing import assert_same_bits
+from tests.test_ops import BAD_CALLS
 
 pytestmark = pytest.mark.gpu
 
@@ -175,6 +176,24 @@ def test_the_ops_refuse_what_they_would_read_or_write_out_of_bounds():
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
     assert not q.view(torch.uint8).any() and not good.any()
+
+
+@pytest.mark.parametrize("name", sorted(set(BAD_CALLS) - {"device", "other device's backend"}))
+def test_bad_arguments_are_named(name):
+    """The CUDA op is called without the checks of Python, and what it refuses is said as they say it."""
+    call, error, message = BAD_CALLS[name]
+    with pytest.raises(error, match=message):
+        call(torch.randn(4, 6, device="cuda"))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 3, 4)], ids=str)
+def test_bad_outputs_of_empty_weights_are_refused_too(shape):
+    """Where there is nothing to do, there is still something to check."""
+    w = torch.empty(shape, device="cuda")
+    q, scale = fk.quantize(w, "per_block")
+    for out in [(q[..., None], scale), (q, scale[..., None]), (q, scale.half()), (q.cpu(), scale), (q, None)]:
+        with pytest.raises((TypeError, ValueError), match="`out"):
+            fk.quantize(w, "per_block", out=out)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
