@@ -1,0 +1,395 @@
+"""Finished too late, or never: what nobody loads is waited for, and what is written is not seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..case import Do, Load, Refused, Weights, Write, values
+from .registry import Draft, row
+from .too_early import rows_of
+
+
+def is_final(*names):
+    """A step: these modules are final by now, one held open for composed loaders being the most that may wait."""
+
+    def look(session):
+        late = [name for name in names if name not in session.finished]
+        assert not late, f"every element of {', '.join(late)} has arrived, and it is still open"
+
+    return Do(f"look whether {', '.join(names)} is final", look)
+
+
+def is_open(*names):
+    """A step: these modules lack elements, so they cannot be final."""
+
+    def look(session):
+        early = [name for name in names if name in session.finished]
+        assert not early, f"{', '.join(early)} is final although elements are missing"
+
+    return Do(f"look whether {', '.join(names)} is open", look)
+
+
+@row("B", "only what a checkpoint can hold is waited for")
+def never_loaded_buffer(scheme):
+    w, other = values(4, 6, 36), values(3, 5)
+
+    def make():
+        model = Weights(experts=(4, 6, 36), fc=(3, 5))
+        model.experts.register_buffer("_expert_map", torch.arange(32), persistent=False)
+        model.experts.register_buffer("routing_table", torch.arange(7))
+        return model
+
+    steps = [Write("experts.weight", w), Write("fc.weight", other), is_final("experts")]
+    load = Load(steps, {"experts.weight": w, "fc.weight": other}, {"experts.routing_table": torch.arange(7)})
+    yield Draft("", make, load, {"progress"})
+
+
+@row("B", "a tensor in two modules is one tensor to wait for")
+def alias_counted_twice(scheme):
+    w, bias = values(6, 36), torch.arange(64.0)
+
+    def make():
+        model = Weights(a=(6, 36), b=(6, 36), c=(6, 36))
+        model.a.e_score_correction_bias = nn.Parameter(torch.empty(64, device="meta"))
+        model.b.e_score_correction_bias = model.a.e_score_correction_bias
+        return model
+
+    steps = [Write("a.e_score_correction_bias", bias), Write("a.weight", w), Write("b.weight", w * 2)]
+    steps += [Write("c.weight", w), is_final("a", "b")]
+
+    def aliased(session):
+        a, b = session.model.a, session.model.b
+        assert a.e_score_correction_bias is b.e_score_correction_bias, "the tensor is not the same in both any more"
+
+    holds = {"a.weight": w, "b.weight": w * 2, "c.weight": w}
+    load = Load(steps, holds, {"a.e_score_correction_bias": bias}, check=aliased)
+    yield Draft("", make, load, {"progress"})
+
+
+@row("B", "what to wait for is settled when loading starts; a tensor that comes later is the engine's, or refused")
+def bias_registered_later(scheme):
+    w = values(6, 36)
+
+    def register(device):
+        def run(session):
+            bias = nn.Parameter(torch.empty(6, dtype=torch.bfloat16, device=device))
+            session.model.fc.register_parameter("bias", bias)
+
+        return Do(f"register a bias on {device}", run)
+
+    fill = Do("load the bias", lambda s: s.model.fc.bias.data.copy_(w[:, 0]))
+    steps = [register("cpu"), Write("fc.weight", w), fill]
+    yield Draft("real", {"fc": (6, 36)}, Load(steps, {"fc.weight": w}, {"fc.bias": w[:, 0].clone()}))
+    steps = [register("meta"), Write("fc.weight", w)]
+    yield Draft("on_meta", {"fc": (6, 36)}, Load(steps, refused=Refused("load", ("fc.bias",), restored=True)))
+
+
+def _linear():
+    model = nn.Module()
+    model.fc = nn.Linear(36, 6, device="meta", dtype=torch.bfloat16)
+    return model
+
+
+@row("B", "what may be absent has a default; what may not is missed")
+def bias_absent_from_checkpoint(scheme):
+    w = values(6, 36)
+    write, facts = Write("fc.weight", w), {"optional": ["*.bias"]}
+    zero = torch.zeros(6).bfloat16()
+    yield Draft("named", _linear, Load([write], {"fc.weight": w}, {"fc.bias": zero}, facts=facts))
+    yield Draft("not_named", _linear, Load([write], refused=Refused("incomplete", ("fc.bias",))))
+    half = Write("fc.bias", 0, lambda p, source: p.data[:2].fill_(source))
+    load = Load([write, half], refused=Refused("incomplete", ("fc.bias",)), facts=facts)
+    yield Draft("half_of_it", _linear, load)
+    nothing = {"fc.weight": torch.zeros(6, 36).bfloat16()}
+    load = Load([Write("fc.bias", w[:, 0])], nothing, {"fc.bias": w[:, 0].clone()}, facts={"optional": ["fc.weight"]})
+    yield Draft("the_weight", _linear, load)
+
+
+@row("B", "the part that a checkpoint holds completes it; padding is 0 and in no scale")
+def padded_weight(scheme):
+    shapes, other = {"fc": (128, 576), "fc2": (3, 5), "fc3": (3, 5)}, values(3, 5)
+    for rows, cols in ((100, 576), (128, 500), (100, 500)):
+        w = values(rows, cols)
+        padded = torch.zeros(128, 576).bfloat16()
+        padded[:rows, :cols] = w
+
+        def corner(p, source):
+            p.data[: source.size(0), : source.size(1)].copy_(source)
+
+        garbage = torch.full((128, 576), 1000.0).bfloat16()
+        garbage[:rows, :cols] = w
+        facts = {"logical_shapes": {"fc": (rows, cols)}}
+        rest = [Write("fc2.weight", other), is_final("fc"), Write("fc3.weight", other)]
+        holds = {"fc.weight": padded, "fc2.weight": other}
+        load = Load([Write("fc.weight", w, corner), *rest], holds, facts=facts)
+        yield Draft(f"{rows}x{cols}", shapes, load, {"progress"})
+        load = Load([Write("fc.weight", garbage), *rest, Write("fc.weight", garbage)], holds, facts=facts)
+        yield Draft(f"{rows}x{cols}_written", shapes, load, {"progress"})
+
+    def embedding():
+        model = nn.Module()
+        model.embed = nn.Embedding(64, 36, device="meta", dtype=torch.bfloat16)
+        return model
+
+    w = values(50, 36)
+    padded = torch.cat([w, torch.zeros(14, 36).bfloat16()])
+    load = Load(
+        [Write("embed.weight", w, rows_of(0, 50))],
+        passes={"embed.weight": padded},
+        facts={"logical_shapes": {"embed": (50, 36)}},
+    )
+    yield Draft("vocabulary", embedding, load)
+
+
+@row("B", "numbers assigned to an expert, a row, everything, are writes")
+def scalar_setitem(scheme):
+    writes = [
+        Write("experts.weight", 3.0, lambda p, x: p.data.__setitem__(0, x)),
+        Write("experts.weight", 2, lambda p, x: p.data[1].fill_(x)),
+        Write("experts.weight", None, lambda p, x: p.data[2].zero_()),
+        Write("experts.weight", 1, lambda p, x: p.data.__setitem__((3, slice(0, 2)), x)),
+        Write("experts.weight", torch.tensor(7.0), lambda p, x: p.data[3, 2:].copy_(x)),
+    ]
+    want = torch.zeros(4, 6, 36).bfloat16()
+    want[0], want[1], want[3, :2], want[3, 2:] = 3, 2, 1, 7
+    yield Draft("", {"experts": (4, 6, 36)}, Load(writes, {"experts.weight": want}))
+
+
+def _mask(p, rows):
+    mask = torch.zeros(p.shape, dtype=torch.bool)
+    mask[rows] = True
+    return mask
+
+
+INDEX_WRITES = {
+    "index_put_": lambda p, w, rows: p.index_put_((rows,), w[rows]),
+    "index_copy_": lambda p, w, rows: p.index_copy_(0, rows, w[rows]),
+    "scatter_": lambda p, w, rows: p.scatter_(0, rows[:, None].expand(-1, p.size(1)), w[rows]),
+    "masked_scatter_": lambda p, w, rows: p.masked_scatter_(_mask(p, rows), w[rows.sort()[0]]),
+    "index_list": lambda p, w, rows: p.__setitem__(rows.tolist(), w[rows]),
+    "mask": lambda p, w, rows: p.__setitem__(_mask(p, rows), w[rows.sort()[0]].flatten()),
+    "put_": lambda p, w, rows: p.put_((rows[:, None] * p.size(1) + torch.arange(p.size(1))).flatten(), w[rows]),
+    "add_": lambda p, w, rows: [(p[r].zero_(), p[r].add_(w[r])) for r in rows.tolist()],
+    "index_add_": lambda p, w, rows: (p.index_fill_(0, rows, 0), p.index_add_(0, rows, w[rows])),
+    "lerp_": lambda p, w, rows: [(p[r].zero_(), p[r].lerp_(w[r], 1.0)) for r in rows.tolist()],
+    "rows": lambda p, w, rows: [p[r].copy_(w[r]) for r in rows.tolist()],
+}
+
+
+@row("B", "each covers exactly what it writes")
+def index_writes(scheme):
+    for kind, write in INDEX_WRITES.items():
+        for shape in ((6, 36), (2, 6, 36)):
+            w = values(*shape)
+
+            def loader(rows, write=write):
+                def run(p, source):
+                    for part, wanted in zip(*((p.data, source) if p.ndim == 3 else ([p.data], [source])), strict=True):
+                        write(part, wanted, torch.tensor(rows))
+
+                return run
+
+            # Neither set of rows is a run, and only both together are the whole.
+            halves = [Write("experts.weight", w, loader(rows)) for rows in ([0, 2, 3], [5, 1, 4])]
+            variant = kind if len(shape) == 2 else f"{kind}_expert"
+            yield Draft(variant, {"experts": shape}, Load(halves, {"experts.weight": w}))
+            refused = Refused("incomplete", ("experts.weight",))
+            yield Draft(f"{variant}_partly", {"experts": shape}, Load(halves[:1], refused=refused))
+    w = values(6, 36)
+    fills = [
+        Write("fc.weight", w, lambda p, s: p.data.masked_fill_(s > 0, 1.0)),
+        Write("fc.weight", w, lambda p, s: p.data.__setitem__(s <= 0, -1.0)),
+    ]
+    yield Draft("masked_fill_", {"fc": (6, 36)}, Load(fills, {"fc.weight": torch.where(w > 0, 1.0, -1.0).bfloat16()}))
+    yield Draft("masked_fill__partly", {"fc": (6, 36)}, Load(fills[:1], refused=Refused("incomplete", ("fc.weight",))))
+
+
+OUT_VARIANTS = {
+    "stack": lambda w, out: torch.stack(list(w), out=out),
+    "cat": lambda w, out: torch.cat([w[:2], w[2:]], out=out),
+    "where": lambda w, out: torch.where(w > 0, w, w, out=out),
+    "mul": lambda w, out: torch.mul(w, 1.0, out=out),
+    "index_select": lambda w, out: torch.index_select(w, 0, torch.arange(len(w)), out=out),
+}
+
+
+@row("B", "results written straight into a weight are writes")
+def out_variants(scheme):
+    w = values(6, 36)
+    for kind, op in OUT_VARIANTS.items():
+        writes = [Write("fc.weight", w, lambda p, s, op=op: op(s, p.data))]
+        writes += [Write("experts.weight", w, lambda p, s, op=op, e=e: op(s, p.data[e])) for e in range(2)]
+        holds = {"fc.weight": w, "experts.weight": torch.stack([w, w])}
+        yield Draft(kind, {"fc": (6, 36), "experts": (2, 6, 36)}, Load(writes, holds))
+
+
+@row("B", "one op that writes several weights writes each")
+def foreach_copy_(scheme):
+    sources = {"a": values(6, 36), "b": values(3, 5), "c": values(7, 7)}
+    shapes = {name: tuple(w.shape) for name, w in sources.items()}
+    wanted = {f"{name}.weight": w for name, w in sources.items()}
+
+    def on_all(function):
+        return Do("write several weights", lambda s: function([p.data for p in s.params.values()], [*sources.values()]))
+
+    yield Draft("", shapes, Load([on_all(torch._foreach_copy_)], wanted))
+
+    def add_and_double(tensors, ws):
+        torch._foreach_add_(tensors, ws)  # to what was never written, which reads as 0
+        torch._foreach_mul_(tensors, 2.0)
+
+    yield Draft("other_ops", shapes, Load([on_all(add_and_double)], {name: w * 2 for name, w in wanted.items()}))
+
+
+REBINDINGS = {
+    "data": lambda module, w: setattr(module.weight, "data", w),
+    "set_": lambda module, w: module.weight.set_(w),
+    "swap_tensors": lambda module, w: torch.utils.swap_tensors(module.weight, nn.Parameter(w)),
+    "assign": lambda module, w: module.load_state_dict({"weight": w}, assign=True),
+    "new_parameter": lambda module, w: setattr(module, "weight", nn.Parameter(w)),
+    "registry": lambda module, w: module._parameters.__setitem__("weight", nn.Parameter(w)),
+}
+
+
+@row("B", "data that takes a weight's place is a full write, found by identity")
+def rebinding(scheme):
+    w, other = values(6, 36), values(3, 5)
+    shapes = {"fc": (6, 36), "fc2": (3, 5)}
+    last = Write("fc2.weight", other)
+
+    def replace(kind, source):
+        @torch.no_grad()
+        def run(session):
+            REBINDINGS[kind](session.model.fc, source.clone())
+
+        return Do(f"replace the data of fc.weight by {kind}", run)
+
+    for kind in REBINDINGS:
+        load = Load([replace(kind, w), last], {"fc.weight": w, "fc2.weight": other})
+        yield Draft(kind, shapes, load)
+        load = Load([replace(kind, w), last], passes={"fc.weight": w}, facts={"ignore": ["fc.weight"]})
+        yield Draft(f"{kind}_high_precision", shapes, load)
+        narrow = Load([last, replace(kind, w[:, :35])], refused=Refused("any"))
+        yield Draft(f"{kind}_of_another_shape", shapes, narrow)
+
+
+@row("B", "impossible, with an error: nothing can write behind the loader's back")
+def numpy_or_dlpack_alias(scheme):
+    w = values(6, 36, dtype=torch.float32)
+
+    def make():
+        return Weights(fc=(6, 36), dtype=torch.float32)
+
+    for variant, alias in (("numpy", lambda p: p.data.numpy()), ("dlpack", lambda p: torch.from_dlpack(p.data))):
+        write = Write("fc.weight", w, lambda p, source, alias=alias: alias(p).__setitem__(slice(None), source))
+        yield Draft(variant, make, Load([write], refused=Refused("any")))
+
+
+@row("B", "no dry run that could disagree: `p[i] = 3.0` is a copy_ on meta and a fill_ elsewhere")
+def device_dependent_op(scheme):
+    writes = [Write("fc.weight", float(i), lambda p, x, i=i: p.data.__setitem__(i, x)) for i in range(6)]
+    want = torch.arange(6.0).view(6, 1).expand(6, 36).bfloat16()
+    yield Draft("", {"fc": (6, 36)}, Load(writes, {"fc.weight": want}))
+
+
+@row("B", "complete from the start, written or not")
+def zero_size_tensor(scheme):
+    for shape in ((0, 36), (6, 0), (0, 0), (0, 6, 36), (3, 0, 36)):
+        nothing = torch.empty(shape).bfloat16()
+        variant = "x".join(map(str, shape))
+        for suffix, steps in (("", []), ("_written", [Write("experts.weight", nothing)])):
+            yield Draft(variant + suffix, {"experts": shape}, Load(steps, {"experts.weight": nothing}))
+
+
+@row("B", "a rank whose part is empty finishes like the others")
+def rank_with_nothing_to_load(scheme):
+    w = values(6, 36)
+    narrowed = Write("empty.weight", w, lambda p, source: p.data.copy_(source.narrow(0, 6, 0)))
+    load = Load([narrowed, Write("fc.weight", w)], {"empty.weight": w[6:], "fc.weight": w})
+    yield Draft("", {"empty": (0, 36), "fc": (6, 36)}, load)
+
+
+@row("B", "experts of other ranks are never held")
+def non_local_expert(scheme):
+    w, local = values(8, 6, 36), {4: 0, 5: 1}
+
+    def loader(expert):
+        def run(p, source):
+            if expert in local:
+                p.data[local[expert]].copy_(source)
+
+        return run
+
+    writes = [Write("experts.weight", lambda e=e: w[e], loader(e)) for e in range(8)]
+    load = Load(writes, {"experts.weight": w[4:6]}, retained_bytes=0)
+    yield Draft("", {"experts": (2, 6, 36)}, load)
+
+
+@row("B", "a slot for a redundant expert is missed if it stays empty, and quantized if not")
+def redundant_expert_slot(scheme):
+    w, shapes = values(3, 6, 36), {"experts": (3, 6, 36)}
+    first = Write("experts.weight", w, lambda p, source: p.data[:2].copy_(source[:2]))
+    yield Draft("forgotten", shapes, Load([first], refused=Refused("incomplete", ("experts.weight",))))
+    copy = Write("experts.weight", w[0], lambda p, source: p.data[2].copy_(source))
+    yield Draft("filled", shapes, Load([first, copy], {"experts.weight": w[[0, 1, 0]]}))
+
+
+@row("B", "what the model computed (rotary caches) is not tracked and not touched, also on failure")
+def init_valued_tensor(scheme):
+    w, cos, table = values(6, 36), torch.randn(7, 5), torch.randn(3)
+
+    def make():
+        model = Weights(fc=(6, 36))
+        model.fc.register_buffer("cos", cos.clone(), persistent=False)
+        model.fc.register_buffer("table", table.clone())
+        return model
+
+    failed = Load([], refused=Refused("incomplete", ("fc.weight",), restored=True))
+    load = Load([Write("fc.weight", w)], {"fc.weight": w}, {"fc.cos": cos, "fc.table": table})
+    yield Draft("", make, [failed, load])
+
+
+@row("B", "an error that names parameters, not garbage")
+def missing_shard(scheme):
+    shapes = {"gate_up_proj": (5632, 8), "down": (8, 30), "experts": (5, 6, 36)}
+    zero = {
+        "rows": Write("gate_up_proj.weight", None, lambda p, _: p.data[:2816].zero_()),
+        "columns": Write("down.weight", None, lambda p, _: p.data[:, 10:20].zero_()),
+        "experts": Write("experts.weight", None, lambda p, _: (p.data[0].zero_(), p.data[1, 3:, :7].zero_())),
+    }
+    refused = Refused("incomplete", tuple(f"{name}.weight" for name in shapes), restored=True)
+    yield Draft("", shapes, Load([*zero.values()], refused=refused))
+    whole = Write("gate_up_proj.weight", None, lambda p, _: p.data.zero_())
+    one = {"gate_up_proj": (5632, 8), "down": (8, 30)}
+    load = Load([whole, zero["columns"]], refused=Refused("incomplete", ("down.weight",)))
+    yield Draft("columns", one, load)
+
+
+@row("B", "an error that names it")
+def missing_layer(scheme):
+    shapes, refused = {"a": (6, 36), "b": (6, 36)}, Refused("incomplete", ("b.weight",), restored=True)
+    write = Write("a.weight", values(6, 36))
+    yield Draft("", shapes, Load([write], refused=refused))
+    yield Draft("nothing_at_all", shapes, Load([], refused=Refused("incomplete", ("a.weight", "b.weight"))))
+
+
+@row("B", "its high-precision part is bounded, however much comes between")
+def one_layer_across_files(scheme):
+    num, shape = 12, (16, 64)
+    w = {f"fc{i}": values(*shape) for i in range(num)}
+    size = shape[0] * shape[1] * 2
+    halves = [
+        Write(f"{name}.weight", lambda x=x, a=a: x[a : a + 8], rows_of(a, a + 8))
+        for a in (0, 8)
+        for name, x in w.items()
+    ]
+    budget = 3 * size
+    load = Load(
+        halves,
+        {f"{name}.weight": x for name, x in w.items()},
+        facts={"staging_budget": budget},
+        staged_bytes=budget,
+        retained_bytes=0,
+    )
+    yield Draft("", {name: shape for name in w}, load)
