@@ -14,6 +14,7 @@ from .errors import (
     IncompleteLoadError,
     LoadError,
     NonFiniteWeightError,
+    PoisonedModelError,
     UnmatchedPatternError,
     UnsupportedLayoutError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "Plan",
+    "PoisonedModelError",
     "Report",
     "Scheme",
     "UnmatchedPatternError",

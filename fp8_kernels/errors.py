@@ -27,3 +27,7 @@ class ConflictingShardError(LoadError):
 
 class NonFiniteWeightError(LoadError):
     """Weights hold NaN or Inf; lists every one."""
+
+
+class PoisonedModelError(LoadError):
+    """A streaming reload broke off and left weights half loaded; names them. Reload them."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from .errors import LoadError
 from .linear import fp8_linear
-from .ops import FP8_DTYPES, block_of
-from .schemes import PerBlock, PerChannel, PerTensor, Scheme, as_scheme, scheme_name
+from .loading.reload import carry_over, scheme_of
+from .ops import FP8_DTYPES
+from .schemes import Scheme, as_scheme, scheme_name
 
 ACTIVATIONS = (None, "dynamic")
 
@@ -106,10 +107,11 @@ class Fp8Linear(Fp8Module):
         Raises:
             ValueError: the scheme cannot be told from the shapes.
         """
-        scheme = _scheme_of(linear.weight, linear.weight_scale) if scheme is None else scheme
+        scheme = scheme_of(linear.weight, linear.weight_scale) if scheme is None else scheme
         has_bias = linear.bias is not None
         new = cls(linear.in_features, linear.out_features, has_bias, scheme, activation=activation, device="meta")
         _share(linear, new, ("weight", "weight_scale", "bias"))
+        carry_over(linear, new)
         return new.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,9 +211,10 @@ class Fp8Experts(Fp8Module):
         Raises:
             ValueError: the scheme cannot be told from the shapes.
         """
-        scheme = _scheme_of(experts.down_proj, experts.down_proj_scale) if scheme is None else scheme
+        scheme = scheme_of(experts.down_proj, experts.down_proj_scale) if scheme is None else scheme
         new = cls.like(experts, scheme, activation=activation, device="meta")
         _share(experts, new, new._fp8_names())
+        carry_over(experts, new)
         return new
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
@@ -310,14 +313,6 @@ def _fp8_weights(module):
         for name, p in module._parameters.items()
         if p is not None and p.dtype in FP8_DTYPES and getattr(module, f"{name}_scale", None) is not None
     }
-
-
-def _scheme_of(weight, scale):
-    """The scheme, from shapes alone."""
-    block = block_of(weight, scale)
-    known = {(-1, -1): PerTensor, (1, -1): PerChannel}.get(block)
-    options = {"scale_dtype": scale.dtype, "pow2": scale.dtype == torch.float8_e8m0fnu}
-    return known(**options) if known else PerBlock(*block, **options)
 
 
 def _own_gate(experts):

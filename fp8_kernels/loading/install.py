@@ -6,7 +6,14 @@ after, with its class and attributes. So results are exchanged beneath the objec
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
+
+from ..errors import LoadError
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+COMMIT_BYTES = 16 << 20  # of values that are under way while two tensors change places
 
 
 def exchange(held: torch.Tensor, data: torch.Tensor, requires_grad: bool = False) -> torch.Tensor:
@@ -19,22 +26,145 @@ def exchange(held: torch.Tensor, data: torch.Tensor, requires_grad: bool = False
 
 
 class Snapshot:
-    """What a model holds, to bring it back to exactly that."""
+    """What a model holds, in parameters, buffers and plain attributes, to bring it back to exactly that."""
 
     def __init__(self, model: torch.nn.Module):
-        modules = list(model.modules())
-        self._registries = [(r, dict(r)) for m in modules for r in (m._parameters, m._buffers)]
-        tensors = {id(t): t for _, saved in self._registries for t in saved.values() if t is not None}
-        self._tensors = [(t, t.detach(), t.requires_grad) for t in tensors.values()]
+        named = list(model.named_modules())
+        self._holders = [(f"{name}.{{}}" if name else "{}", r, dict(r)) for name, m in named for r in _registries(m)]
+        self._attributes = [(f"{name}.{{}}" if name else "{}", vars(m), dict(_tensors(vars(m)))) for name, m in named]
+        tensors = {id(t): t for _, _, saved in self._all() for t in saved.values() if t is not None}
+        self._was = {key: (t, t.detach().requires_grad_(t.requires_grad)) for key, t in tensors.items()}
 
     def restore(self):
-        """The same tensor objects in the same places, each with the memory, shape and dtype that it had."""
-        for registry, saved in self._registries:
+        """The same tensor objects in the same places, each with the memory, shape and dtype that it had.
+
+        Once. It runs no op, so that what made a load fail cannot make this fail.
+        """
+        for _, registry, saved in self._holders:
             registry.clear()
             registry.update(saved)
-        for t, was, requires_grad in self._tensors:
+        for _, attributes, saved in self._attributes:
+            for leaf in [leaf for leaf, _ in _tensors(attributes) if leaf not in saved]:
+                del attributes[leaf]
+            attributes.update(saved)
+        for t, was in self._was.values():
             if not _is_same(t, was):
-                exchange(t, was, requires_grad)
+                torch._C._swap_tensor_impl(t, was)
+
+    def put_back(self, module: torch.nn.Module, leaf: str):
+        """One parameter or buffer, and its scale, as it was."""
+        for _, registry, saved in self._holders:
+            if registry is module._parameters or registry is module._buffers:
+                for name in (leaf, f"{leaf}_scale"):
+                    if saved.get(name) is not None:
+                        t, was = self._was[id(saved[name])]
+                        registry[name] = t
+                        if not _is_same(t, was):
+                            exchange(t, was, was.requires_grad)
+
+    def commit(self, copies: Iterable[Pair], results: Iterable[Pair]):
+        """Move the values that the model holds now into the memory that it held before, and restore that.
+
+        Addresses stay what they were, whoever keeps them. Either everything moves or nothing.
+
+        Args:
+            copies: (storage from before, its copy that the model holds views of now), both as bytes.
+            results: (tensor from before, tensor that holds its new values); the same one where they are there already.
+
+        Raises:
+            LoadError: something has another shape or dtype now; nothing has been moved.
+        """
+        copies, results = list(copies), list(results)
+        copy_of = {was.untyped_storage()._cdata: now.untyped_storage() for was, now in copies}
+        known = {now.untyped_storage()._cdata for _, now in (*copies, *results)}
+        moves, added = [], []
+        for name, registry, saved in self._all():
+            for leaf, now in _tensors(registry):
+                if saved.get(leaf) is None:
+                    added.append((registry, leaf, now))
+                    continue
+                was = self._was[id(saved[leaf])][1]
+                if _is_same(now, was) or now.untyped_storage()._cdata in known:
+                    continue
+                # From here on it is what a hook made.
+                if (now.shape, now.dtype) != (was.shape, was.dtype):
+                    raise LoadError(
+                        f"`{name.format(leaf)}` must come out as it was, {was.dtype} of shape {tuple(was.shape)}, "
+                        f"got {now.dtype} of shape {tuple(now.shape)}"
+                    )
+                copy = copy_of.get(was.untyped_storage()._cdata)
+                if copy is None:
+                    moves.append((was, now.detach()))
+                else:
+                    view_of(copy, was).copy_(now.detach())
+        swap_values(_disjoint([*moves, *copies, *((was, now) for was, now in results if was is not now)]))
+        self.restore()
+        for registry, leaf, now in added:
+            registry[leaf] = now
+
+    def _all(self):
+        return [*self._holders, *self._attributes]
+
+
+def swap_values(pairs: Iterable[Pair]):
+    """Exchange the values of tensors, piece by piece; after an exception all have what they had."""
+    done: list[Pair] = []  # (memory, where its former values are)
+    try:
+        with torch.no_grad():
+            for a, b in pairs:
+                for piece, other in _pieces(a, b):
+                    held = piece.clone()
+                    done.append((piece, held))
+                    piece.copy_(other)
+                    other.copy_(held)
+                    done[-1] = (piece, other)
+    except BaseException:
+        with torch.no_grad():
+            for piece, former in reversed(done):
+                piece.copy_(former)
+        raise
+
+
+def _pieces(a, b) -> Iterator[Pair]:
+    if not a.ndim or a.nbytes <= COMMIT_BYTES:
+        yield a, b
+    else:
+        step = max(COMMIT_BYTES * len(a) // a.nbytes, 1)
+        for start in range(0, len(a), step):
+            yield a[start : start + step], b[start : start + step]
+
+
+def _disjoint(moves):
+    """The moves without those that lie within others, earlier ones first: ties, views of what moves as a whole."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for was, now in sorted(moves, key=lambda move: -_span(move[0])[1]):
+        if not was.numel():
+            continue
+        storage, (start, length) = was.untyped_storage()._cdata, _span(was)
+        known = spans.setdefault(storage, [])
+        if not any(first <= start and start + length <= first + size for first, size in known):
+            known.append((start, length))
+            yield was, now
+
+
+def _span(t):
+    """(first byte, bytes) that a tensor reaches over in its storage."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.storage_offset() * t.element_size(), extent * t.element_size()
+
+
+def view_of(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
+    """The tensor that is of this storage what `like` is of its own."""
+    view = torch.empty(0, dtype=like.dtype, device=like.device)
+    return view.set_(storage, like.storage_offset(), like.shape, like.stride())
+
+
+def _registries(module):
+    return module._parameters, module._buffers
+
+
+def _tensors(registry):
+    return [(leaf, t) for leaf, t in registry.items() if isinstance(t, torch.Tensor)]
 
 
 def _is_same(t, was):

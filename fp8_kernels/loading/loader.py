@@ -11,9 +11,20 @@ from ..schemes import Scheme, scheme_name
 from .copy_counter import CopyCounter
 from .install import Snapshot
 from .plan import Plan, make_plan
+from .reload import Reload, check_not_poisoned
 from .report import Report
 from .session import Hooks, Session
 from .staging import Staging, Unit
+
+_DEFAULT_RULES = {
+    "scheme": "per_channel",
+    "ignore": (),
+    "include": (),
+    "schemes": None,
+    "dtype": torch.float8_e4m3fn,
+    "optional": (),
+    "logical_shapes": None,
+}
 
 
 class LayerwiseLoader:
@@ -31,13 +42,18 @@ class LayerwiseLoader:
     Args:
         model: its parameters that become FP8 on the meta device; others on meta (they become real on `device`
             when the context is entered) or real (used as they are).
-        scheme, ignore, include, schemes, dtype, optional, logical_shapes: see `make_plan`.
+        scheme, ignore, include, schemes, dtype, optional, logical_shapes: see `make_plan`; by default `per_channel`.
         device: where the FP8 model lives and is made; by default the current CUDA device, else the CPU.
         on_unit: called with (unit, q, scale) when a unit (a weight, or one expert) is quantized.
         on_module: called with the module when all its tensors are final and installed, once a module.
         on_finish: called with the model when everything is installed, once.
         progress: called with (bytes done, bytes in all, name) when a unit is done; bytes are of the
             high-precision model.
+        reload: "transactional" or "streaming", for a model that is FP8 already: new values for the same tensors, at
+            the same addresses. Transactional keeps the new values beside the old ones until everything has arrived
+            and every hook has returned; a failure leaves the old values. Streaming takes no memory for that; a
+            failure leaves the model marked: its modules refuse to run until they are reloaded.
+        scope: with `reload`, patterns of what is loaded anew; by default everything.
 
     Attributes:
         plan: the `Plan`; also there before the context is entered.
@@ -55,7 +71,7 @@ class LayerwiseLoader:
     def __init__(
         self,
         model: torch.nn.Module,
-        scheme: str | Scheme = "per_channel",
+        scheme: str | Scheme | None = None,
         device: torch.device | str | None = None,
         ignore: Iterable[str] = (),
         include: Iterable[str] = (),
@@ -67,11 +83,12 @@ class LayerwiseLoader:
         on_module: Callable[[torch.nn.Module], None] | None = None,
         on_finish: Callable[[torch.nn.Module], None] | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        reload: str | None = None,
+        scope: Iterable[str] | None = None,
     ):
         self.model = model
-        self.device = _real_device(device)
         self._rules = {
-            "scheme": scheme,
+            "scheme": "per_channel" if scheme is None else scheme,
             "ignore": tuple(ignore),
             "include": tuple(include),
             "schemes": schemes,
@@ -79,22 +96,36 @@ class LayerwiseLoader:
             "optional": tuple(optional),
             "logical_shapes": logical_shapes,
         }
-        self.plan: Plan = make_plan(model, **self._rules)
-        self.plan.check_loadable()
+        self._reload_options = None
+        if reload is not None:
+            if self._rules != {**_DEFAULT_RULES, "optional": self._rules["optional"]} or scheme is not None:
+                raise ValueError("a reload keeps each weight's scheme, dtype and shape: give it `scope` and `optional`")
+            has_hooks = on_module is not None or on_finish is not None
+            self._reload_options = (reload, scope, self._rules["optional"], has_hooks)
+            if device is None:
+                device = Reload(model, *self._reload_options).device
+        elif scope is not None:
+            raise ValueError("`scope` must come with `reload`; a first load takes `ignore`")
+        self.device = _real_device(device)
+        snapshot = Snapshot(model)
+        try:
+            self.plan: Plan = self._make_plan()[0]
+        finally:
+            snapshot.restore()
         self.report = Report()
         self._hooks = Hooks(on_unit, on_module, on_finish, progress)
         self._session: Session | None = None
+        self._reload: Reload | None = None
 
     def __enter__(self) -> LayerwiseLoader:
         if self._session is not None:
             raise RuntimeError("this loader's context is entered already")
-        self.plan = make_plan(self.model, **self._rules)
-        self.plan.check_loadable()
-        schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
-        self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
         self._snapshot = Snapshot(self.model)
-        self._session = Session(self.model, self.plan, Staging(self.device), self.report, self._hooks)
         try:
+            self.plan, self._reload = self._make_plan()
+            schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
+            self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
+            self._session = Session(self.model, self.plan, Staging(self.device), self.report, self._hooks, self._reload)
             self._session.start()
         except BaseException:
             self._roll_back()
@@ -105,7 +136,7 @@ class LayerwiseLoader:
         self._session.stop()
         try:
             if error is None:
-                self._session.finish()
+                self._session.finish(self._snapshot)
         except BaseException:
             self._roll_back()
             raise
@@ -122,14 +153,28 @@ class LayerwiseLoader:
         with CopyCounter(self._session.writes):
             yield self
 
+    def _make_plan(self):
+        """The plan, and for a reload the state of the model that it is about."""
+        if self._reload_options is None:
+            check_not_poisoned(self.model)
+            reload, plan = None, make_plan(self.model, **self._rules)
+        else:
+            reload = Reload(self.model, *self._reload_options)
+            plan = reload.present()
+        plan.check_loadable()
+        return plan, reload
+
     def _roll_back(self):
         self._snapshot.restore()
+        if self._reload is not None and self._session is not None:
+            self._reload.poison(self._session.changed())
         self._let_go()
 
     def _let_go(self):
         """Drop every buffer and every reference into the model."""
-        self._session.close()
-        self._session = self._snapshot = None
+        if self._session is not None:
+            self._session.close()
+        self._session = self._snapshot = self._reload = None
 
 
 def _real_device(device):

@@ -16,8 +16,9 @@ from torch.nn.modules.module import (
 from ..errors import LoadError
 from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import CopyCounter
-from .install import exchange
+from .install import Snapshot, exchange
 from .plan import Entry, Plan
+from .reload import Reload, remember
 from .report import Report
 from .staging import Staging, Tracked, Unit
 from .writes import Writes
@@ -41,10 +42,19 @@ class Session:
         staging: where open units wait, and the device.
         report: counts what happens.
         hooks: of the caller.
+        reload: what the model holds already; None for its first load.
     """
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, staging: Staging, report: Report, hooks: Hooks):
-        self.model, self.plan, self.report = model, plan, report
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        staging: Staging,
+        report: Report,
+        hooks: Hooks,
+        reload: Reload | None = None,
+    ):
+        self.model, self.plan, self.report, self._reload = model, plan, report, reload
         self._staging, self._hooks = staging, hooks
         self._device = staging.device
         self._started = time.perf_counter()
@@ -59,6 +69,10 @@ class Session:
         """From now on, what this thread writes to the plan's tensors is seen."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        if self._reload is not None:
+            self._reload.stage(self.plan)
+            for name, t in self._reload.frozen:
+                self.writes.freeze(name, t)
         for entry in self.plan.entries:
             self._track(entry)
         for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook):
@@ -83,6 +97,8 @@ class Session:
         if not entry.tracked:
             return
         tracked = Tracked(entry, self._staging)
+        if self._reload is not None:
+            self._reload.prepare(tracked)
         self.tracked.append(tracked)
         for place in tracked.places:
             self._at[id(place.module), place.leaf] = tracked
@@ -146,15 +162,19 @@ class Session:
 
     # The end.
 
-    def finish(self):
-        """Check that everything arrived, install the results and call the hooks."""
+    def finish(self, snapshot: Snapshot):
+        """Check that everything arrived, install the results and call the hooks; a reload then commits.
+
+        Args:
+            snapshot: of the model before the load.
+        """
         started, quantizing = time.perf_counter(), self.report.seconds_by_phase.get("quantize", 0.0)
         if self.writes.error is not None:
             raise self.writes.error
         self._follow_replaced()
         self.writes.flush()
-        for tracked in self.tracked:
-            self._fill_in(tracked)
+        for tracked in list(self.tracked):
+            self._fill_in(tracked, snapshot)
         check_complete(self.tracked, self.report.shards)
         check_finite(self.tracked)
         for tracked in self.tracked:
@@ -166,6 +186,10 @@ class Session:
                     self._hooks.on_module(module)
         if self._hooks.on_finish is not None:
             self._hooks.on_finish(self.model)
+        if self._reload is None:
+            remember(self.plan, self.tracked)
+        else:
+            self._reload.commit(snapshot, self.tracked)
         self._complete_report(started, quantizing)
 
     def _follow_replaced(self):
@@ -195,14 +219,35 @@ class Session:
                     )
         self.tracked = [tracked for tracked in self.tracked if tracked.places]
 
-    def _fill_in(self, tracked):
+    def changed(self) -> dict[torch.nn.Module, list[str]]:
+        """Module -> names of its tensors in which something has arrived."""
+        names: dict[torch.nn.Module, list[str]] = {}
+        for tracked in self.tracked:
+            if any(u.final or not u.coverage.empty for u in tracked.units):
+                for place in tracked.places:
+                    names.setdefault(place.module, []).append(place.name)
+        return names
+
+    def _fill_in(self, tracked, snapshot):
         """Finish what nothing has to arrive for: units without elements, and optional tensors that did not."""
         absent = tracked.entry.optional and all(not u.final and u.coverage.empty for u in tracked.units)
         if absent:
             self.report.defaulted.append(tracked.entry.name)
+            if self._reload is not None:
+                self._keep(tracked, snapshot)
+                return
         for unit in tracked.units:
             if not unit.final and (absent or unit.coverage.complete):
                 self.writes.finish_as_it_is(unit)
+
+    def _keep(self, tracked, snapshot):
+        """An optional tensor that did not arrive keeps what it was."""
+        self.tracked.remove(tracked)
+        for place in tracked.places:
+            snapshot.put_back(place.module, place.leaf)
+        for module in tracked.modules:
+            if not any(module in other.modules for other in self.tracked):
+                del self._waiting[module]
 
     def _complete_report(self, started, quantizing):
         report = self.report

@@ -82,7 +82,9 @@ def refuse(info: OpInfo, args, kwargs, targets: list[Target]):
     elif scheme and dtype.itemsize == 1 and source.ndim:
         raise LoadError(f"{_names(targets)} must be loaded from high precision, got {dtype} without its scale")
     elif into in FP8_DTYPES and dtype != into and not scheme:
-        raise LoadError(f"{_names(targets)} is {into}: a cast from {dtype} would drop the scale; quantize it")
+        raise LoadError(
+            f"{_names(targets)} is {into}: a cast from {dtype} would drop the scale; quantize it, or use `reload=`"
+        )
 
 
 def split(args, target: Target):

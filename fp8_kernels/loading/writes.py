@@ -44,6 +44,7 @@ class Writes:
         self._lock = threading.RLock()
         self._by_storage: dict[int, tuple[Tracked, int]] = {}
         self._storages: list[torch.UntypedStorage] = []  # alive, so that no other storage takes their address
+        self._frozen: dict[int, str] = {}  # storages that nothing may write, by the names of what they hold
         self._held: dict[int, list[Unit]] = {}  # thread -> the units that its last write completed
 
     def track(self, tracked: Tracked, t: torch.Tensor):
@@ -54,12 +55,27 @@ class Writes:
         if not t.is_meta and not tracked.entry.scheme and len(tracked.entry.names) > 1:
             self.has_tied_real = True
 
+    def freeze(self, name: str, t: torch.Tensor):
+        """From now on, writing to the storage of `t` is an error, unless it is tracked."""
+        self._storages.append(t.untyped_storage())
+        self._frozen[t.untyped_storage()._cdata] = name
+
     def find(self, t: torch.Tensor, written: bool) -> Target | None:
         """The target, if its storage is tracked."""
         if t.layout is not torch.strided:
             return None
         known = self._by_storage.get(t.untyped_storage()._cdata)
+        if written and known is None and self._frozen:
+            self._check_not_frozen(t)
         return known and Target(t, *known, written)
+
+    def _check_not_frozen(self, t):
+        name = self._frozen.get(t.untyped_storage()._cdata)
+        if name is not None:
+            self.error = self.error or LoadError(
+                f"`{name}` must not be written by this reload: it is out of its `scope`, or holds codes or scales"
+            )
+            raise self.error
 
     def owner(self, t: torch.Tensor) -> Tracked | None:
         """What the storage of `t` is tracked as."""

@@ -1,0 +1,368 @@
+"""Loading new weights into a model that is FP8 already: same tensor objects, same memory, same addresses.
+
+While weights arrive, each FP8 parameter looks as it did before its first load: on meta, in the checkpoint's layout
+and precision, with the attributes that loaders look for. What the first load has to tell about that is kept on the
+module, so it survives an engine that puts other parameter objects, of other layouts, in their places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..errors import PoisonedModelError, UnmatchedPatternError
+from ..ops import FP8_DTYPES, block_of
+from ..schemes import WHOLE, PerBlock, PerChannel, PerTensor, Scheme
+from .install import Snapshot, exchange, view_of
+from .plan import Entry, Plan, listed, make_plan
+from .rules import matches
+from .staging import Tracked
+
+MODES = ("transactional", "streaming")
+_RECORD = "_fp8_loaded"  # on a module: leaf -> Origin, or None for what passed through
+_UNCHANGED = "_fp8_checkpoint_layout"  # on a parameter: the object, and the layout, that the load gave the module
+_POISON = "_fp8_poison"  # on a module: names of its half-loaded tensors, and the handle of the hook that says so
+
+
+class _Memory:
+    """A storage, told from every other one, also from one that takes its address later; it is not kept alive.
+
+    Copies of a model have memory of their own, so a copy of this is no storage's.
+    """
+
+    def __init__(self, t: torch.Tensor | None = None):
+        self._reference = None if t is None else StorageWeakRef(t.untyped_storage())
+
+    @property
+    def known(self) -> bool:
+        return self._reference is not None
+
+    def holds(self, t: torch.Tensor) -> bool:
+        return self.known and self._reference.cdata == t.untyped_storage()._cdata
+
+    def __reduce__(self):
+        return _Memory, ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an FP8 parameter was before it was quantized.
+
+    Attributes:
+        shape, dtype, logical: of the high-precision parameter.
+        scheme: how it was quantized.
+        memory: what held its codes, in the checkpoint's layout, when the load ended.
+        kind, attributes: class and attributes of the parameter object.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    logical: tuple[int, ...]
+    scheme: Scheme
+    memory: _Memory
+    kind: type = torch.nn.Parameter
+    attributes: dict = field(default_factory=dict)
+
+
+def remember(plan: Plan, tracked_tensors: Iterable[Tracked]):
+    """Note on the modules, after a first load, what a later one has to know."""
+    records: dict[torch.nn.Module, dict[str, Origin | None]] = {}
+    for entry in plan.entries:
+        for place in entry.places:
+            records.setdefault(place.module, {})[place.leaf] = None
+    quantized = set()
+    for tracked in tracked_tensors:
+        entry = tracked.entry
+        if entry.scheme is None:
+            continue
+        for place in tracked.places:
+            held = tracked.object_at.get(place, entry.tensors[0])
+            if place.registry.get(place.leaf) is held:
+                setattr(held, _UNCHANGED, True)
+            records[place.module][place.leaf] = Origin(
+                entry.shape,
+                entry.dtype,
+                entry.logical,
+                entry.scheme,
+                _Memory(tracked.q),
+                type(held),
+                {key: value for key, value in vars(held).items() if key != _UNCHANGED},
+            )
+            quantized.add(place.module)
+    for module in quantized:
+        vars(module)[_RECORD] = records[module]
+
+
+def carry_over(old: torch.nn.Module, new: torch.nn.Module):
+    """Let a module that takes the place of another, on the same tensors, be reloadable too."""
+    if _RECORD in vars(old):
+        vars(new)[_RECORD] = vars(old)[_RECORD]
+
+
+@dataclass(eq=False)
+class _Weight:
+    """One FP8 weight in the scope of a reload: `codes` and `scale` are its live memory in the checkpoint's layout,
+    or None where the engine has made another layout of it."""
+
+    places: list[tuple[torch.nn.Module, str]]
+    names: list[str]
+    origin: Origin
+    codes: torch.Tensor | None
+    scale: torch.Tensor | None
+    dtype: torch.dtype = torch.float8_e4m3fn
+
+
+class Reload:
+    """One reload.
+
+    Args:
+        model: holds FP8 parameters with `<leaf>_scale` beside them.
+        mode: "transactional" or "streaming".
+        scope: patterns of what is loaded; None for everything.
+        optional: patterns of what may stay away, and then keeps its values.
+        has_hooks: the caller will lay the results out anew (`on_module`, `on_finish`).
+
+    Raises:
+        ValueError: there is nothing to reload, or a layout that only a hook can make.
+        UnmatchedPatternError: a pattern of `scope` matches nothing.
+        PoisonedModelError: an earlier reload broke off, and this one does not cover what it left.
+    """
+
+    def __init__(self, model, mode: str, scope: Iterable[str] | None, optional: tuple[str, ...], has_hooks: bool):
+        if mode not in MODES:
+            raise ValueError(f"`reload` must be one of {MODES}, got {mode!r}")
+        if isinstance(scope, str):
+            raise TypeError(f"`scope` must be a list of patterns, got the string {scope!r}")
+        self.model, self.mode = model, mode
+        self._scope = None if scope is None else tuple(scope)
+        self._optional, self._has_hooks = optional, has_hooks
+        self._made_by_hooks: set[tuple[int, str]] = set()
+        self._weights = self._find()
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.frozen: list[tuple[str, torch.Tensor]] = []  # what must not be written meanwhile
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's FP8 weights are."""
+        weight = next(w for w in self._weights.values())
+        module, leaf = weight.places[0]
+        held = weight.codes if weight.codes is not None else module._parameters.get(leaf)
+        held = held if held is not None else next(t for t in self.model.state_dict().values())
+        return held.device
+
+    def present(self) -> Plan:
+        """Make the FP8 weights in scope look as before their first load; returns the plan of what has to arrive."""
+        self.frozen = [(name, t.detach()) for name, t in self._fp8_memory()]
+        for weight in self._in_scope():
+            meta = torch.empty(weight.origin.shape, dtype=weight.origin.dtype, device="meta")
+            instead: dict[int, torch.nn.Parameter] = {}
+            for module, leaf in weight.places:
+                held = module._parameters.get(leaf)
+                if not hasattr(held, _UNCHANGED):  # the engine's own object: it lacks what loaders look for
+                    held = instead.setdefault(id(held), _like(weight.origin, meta))
+                    module._parameters[leaf] = held
+                exchange(held, meta)
+                module._parameters.pop(f"{leaf}_scale", None)
+        plan = make_plan(self.model, optional=self._optional)
+        entries = [e for e in map(self._own_entry, plan.entries) if e is not None]
+        inside = [e for e in entries if self._covers(e.names)]
+        self.frozen += [(e.name, t) for e in entries if e not in inside for t in e.tensors]
+        plan = Plan(tuple(inside), plan.rebuild)
+        self._check_poison(plan)
+        return plan
+
+    def stage(self, plan: Plan):
+        """Put copies in the place of what passes through, so that the model's own stay what they are."""
+        if self.mode != "transactional":
+            return
+        copies: dict[int, torch.Tensor] = {}
+        for t in [t for entry in plan.passed_through for t in entry.tensors]:
+            key = t.untyped_storage()._cdata
+            if key not in copies:
+                live = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
+                copies[key] = live.clone()
+                self._copies.append((live, copies[key]))
+            exchange(t, view_of(copies[key].untyped_storage(), t), t.requires_grad)
+
+    def prepare(self, tracked: Tracked):
+        """Let a streamed weight be quantized into its live memory."""
+        weight = self._weight_of(tracked.entry)
+        if self.mode == "streaming" and weight is not None and weight.codes is not None and weight.scale is not None:
+            tracked.q, tracked.scale = weight.codes, weight.scale
+
+    def commit(self, snapshot: Snapshot, tracked_tensors: Iterable[Tracked]):
+        """The new values into the live memory, all or none of them."""
+        results = []
+        for tracked in tracked_tensors:
+            weight = self._weight_of(tracked.entry)
+            if weight is not None and weight.codes is not None:
+                results += [(weight.codes, tracked.q), (weight.scale, tracked.scale)]
+        snapshot.commit(self._copies, results)
+        for module in self.model.modules():
+            _cure(module)
+
+    def poison(self, names_by_module: dict[torch.nn.Module, list[str]]):
+        """Mark modules whose live tensors hold new values beside old ones."""
+        if self.mode != "streaming":
+            return
+        for module, names in names_by_module.items():
+            names = sorted({*_cure(module), *names})
+            vars(module)[_POISON] = names, module.register_forward_pre_hook(_refuse)
+
+    # What there is.
+
+    def _find(self):
+        """Every FP8 weight of the model, by the memory that holds it."""
+        weights: dict[tuple, _Weight] = {}
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            dot = f"{prefix}." if prefix else ""
+            record = vars(module).get(_RECORD)
+            if record is None:
+                record = _inferred(module)
+            else:
+                held = {*module._parameters, *module._buffers} - module._non_persistent_buffers_set
+                scales = {f"{leaf}_scale" for leaf, origin in record.items() if origin}
+                self._made_by_hooks |= {(id(module), leaf) for leaf in held - record.keys() - scales}
+            for leaf, origin in record.items():
+                if origin is None:
+                    continue
+                held = module._parameters.get(leaf)
+                key = (id(module), leaf) if held is None else (held.untyped_storage()._cdata, held.storage_offset())
+                if key in weights:
+                    weights[key].names.append(dot + leaf)
+                    if (module, leaf) not in weights[key].places:
+                        weights[key].places.append((module, leaf))
+                    continue
+                codes, scale = _live(module, leaf, origin)
+                weights[key] = _Weight([(module, leaf)], [dot + leaf], origin, codes, scale)
+                if held is not None and held.dtype in FP8_DTYPES:
+                    weights[key].dtype = held.dtype
+        if not weights:
+            raise ValueError("`reload` must be given a model that holds FP8 weights, got one without")
+        other = [w.names[0] for w in weights.values() if w.codes is None and self._covers(w.names)]
+        if other and not self._has_hooks:
+            raise ValueError(
+                f"{listed(other)} must be in the layout of the checkpoint to be reloaded, got another one: give the "
+                "reload the `on_module` or `on_finish` that made it, or leave the weight out of `scope`"
+            )
+        return weights
+
+    def _in_scope(self):
+        return [weight for weight in self._weights.values() if self._covers(weight.names)]
+
+    def _covers(self, names):
+        return self._scope is None or any(matches(p, name) for p in self._scope for name in names)
+
+    def _fp8_memory(self):
+        for weight in self._weights.values():
+            for module, leaf in weight.places:
+                for name in (leaf, f"{leaf}_scale"):
+                    held = module._parameters.get(name)
+                    if held is not None:
+                        yield weight.names[0].removesuffix(leaf) + name, held
+
+    def _weight_of(self, entry):
+        place = entry.places[0]
+        return next((w for w in self._weights.values() if (place.module, place.leaf) in w.places), None)
+
+    def _own_entry(self, entry: Entry) -> Entry | None:
+        weight = self._weight_of(entry)
+        if weight is not None and entry.on_meta:
+            origin = weight.origin
+            changes = {"scheme": origin.scheme, "why": "weight", "logical": origin.logical, "fp8_dtype": weight.dtype}
+            return replace(entry, **changes)
+        if all((id(place.module), place.leaf) in self._made_by_hooks for place in entry.places):
+            return None
+        return replace(entry, scheme=None, why="as before")
+
+    def _check_poison(self, plan):
+        names = [name for module in self.model.modules() for name in vars(module).get(_POISON, ((),))[0]]
+        loaded = {name for entry in plan.entries for name in entry.names}
+        left = [name for name in names if name not in loaded]
+        if left:
+            raise PoisonedModelError(
+                f"an earlier reload broke off and left {listed(left)} half loaded; the scope of this one must hold them"
+            )
+        if self._scope is not None:
+            unused = [p for p in self._scope if not any(matches(p, name) for name in loaded)]
+            if unused:
+                raise UnmatchedPatternError(f"no tensor is matched by {', '.join(map(repr, unused))} of `scope`")
+
+
+def check_not_poisoned(model: torch.nn.Module):
+    """Raise PoisonedModelError for a model that an earlier reload left half loaded."""
+    names = [name for module in model.modules() for name in vars(module).get(_POISON, ((),))[0]]
+    if names:
+        raise PoisonedModelError(f"a reload broke off and left {listed(names)} half loaded; reload them")
+
+
+def _refuse(module, args):
+    raise PoisonedModelError(
+        f"a reload broke off and left {listed(vars(module)[_POISON][0])} half loaded; reload the model before it runs"
+    )
+
+
+def _cure(module):
+    """Take a module's mark off; returns the names that it held."""
+    names, handle = vars(module).pop(_POISON, ((), None))
+    if handle is not None:
+        handle.remove()
+    return names
+
+
+def _like(origin, meta):
+    """A parameter object as the model's owner made it."""
+    made = torch.Tensor._make_subclass(origin.kind, meta, False)
+    vars(made).update(origin.attributes)
+    return made
+
+
+def _inferred(module):
+    """The origins of FP8 weights that no load of ours has recorded."""
+    found = {}
+    for leaf, held in module._parameters.items():
+        scale = module._parameters.get(f"{leaf}_scale")
+        if held is None or scale is None or held.dtype not in FP8_DTYPES:
+            continue
+        scheme = getattr(module, "scheme", None)
+        scheme = scheme if isinstance(scheme, Scheme) else scheme_of(held, scale)
+        shape = tuple(held.shape)
+        setattr(held, _UNCHANGED, True)
+        found[leaf] = Origin(shape, torch.bfloat16, shape, scheme, _Memory())
+    return found
+
+
+def scheme_of(weight: torch.Tensor, scale: torch.Tensor) -> Scheme:
+    """The scheme, from shapes alone.
+
+    Raises:
+        ValueError: they fit several.
+    """
+    block = block_of(weight, scale)
+    known = {(WHOLE, WHOLE): PerTensor, (1, WHOLE): PerChannel}.get(block)
+    options = {"scale_dtype": scale.dtype, "pow2": scale.dtype == torch.float8_e8m0fnu}
+    return known(**options) if known else PerBlock(*block, **options)
+
+
+def _live(module, leaf, origin):
+    """Codes and scales in the checkpoint's layout, as views of what the module holds; (None, None) if there are none.
+
+    Only memory that a load wrote, or the parameter object that it left, is known to be in that layout: kernels'
+    layouts may have the same shape.
+    """
+    held, scale = (module._parameters.get(name) for name in (leaf, f"{leaf}_scale"))
+    if held is None or scale is None or held.dtype not in FP8_DTYPES:
+        return None, None
+    if tuple(scale.shape) != origin.scheme.scale_shape(origin.shape) or scale.dtype != origin.scheme.scale_dtype:
+        return None, None
+    if origin.memory.holds(held) and held.numel() == math.prod(origin.shape):
+        strides = torch.empty(origin.shape, device="meta").stride()
+        return held.detach().as_strided(origin.shape, strides, 0), scale.detach()
+    moved = held.is_contiguous() or not origin.memory.known  # to another device, say, as it was
+    if hasattr(held, _UNCHANGED) and tuple(held.shape) == origin.shape and moved:
+        return held.detach(), scale.detach()
+    return None, None
