@@ -166,9 +166,18 @@ def _library(folder, stem, package, *patterns):
     raise Absent(f"{package} is not installed" + ("" if folder is None else f", and {folder} has no {stem}*.so"))
 
 
-def _vllm(folder):
+def vllm_ops(folder=None):
+    """vLLM's compiled ops, from the folder or the installed package.
+
+    Raises:
+        Absent: in neither.
+    """
     torch.ops.load_library(_library(folder, "vllm", "vllm", "_C_stable_libtorch*.so", "_C.*.so"))
-    ops = torch.ops._C
+    return torch.ops._C
+
+
+def _vllm(folder):
+    ops = vllm_ops(folder)
 
     def static(w, scale):
         q = torch.empty_like(w, dtype=F8)

@@ -17,7 +17,14 @@ enum class ScaleType : int32_t { kFloat32, kBFloat16, kE8M0 };
 
 constexpr uint32_t kInfBits = 0x7f800000;
 constexpr uint32_t kNanBits = 0x7fc00000;  // the one NaN that the ops write
-constexpr float kTinyScale = 0x1p-126f;
+
+// How an amax becomes a scale, and an element its code; `Rule` in fp8_kernels/reference.py, where they are chosen.
+struct Rule {
+  float min_amax = 0.0f;
+  float min_scale = 0x1p-126f;
+  bool reciprocal_max = false;         // scale = amax * (1 / fp8_max)
+  float corrected_below = 0x1p20f;     // see ScaleDivider; 0 leaves x * (1 / scale) as it is
+};
 
 __host__ __device__ inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -48,11 +55,13 @@ __host__ __device__ inline float scale_value(uint32_t stored, ScaleType type) {
   }
 }
 
-// The scale of a group, as the bits that are stored: max(amax / fp8_max, 2^-126), rounded up to a power of two
-// if asked for, then to its type.
-__host__ __device__ inline uint32_t stored_scale(float amax, Fp8Type fp8_type, bool pow2, ScaleType type) {
-  float scale = amax / fp8_max(fp8_type);
-  if (scale < kTinyScale) scale = kTinyScale;  // not fmaxf, which would drop a NaN
+// The scale of a group, as the bits that are stored: amax / fp8_max, not below the rule's floors, rounded up to a
+// power of two if asked for, then to its type.
+__host__ __device__ inline uint32_t stored_scale(float amax, Fp8Type fp8_type, bool pow2, ScaleType type,
+                                                 const Rule& rule = {}) {
+  if (amax < rule.min_amax) amax = rule.min_amax;  // not fmaxf, which would drop a NaN
+  float scale = rule.reciprocal_max ? amax * (1.0f / fp8_max(fp8_type)) : amax / fp8_max(fp8_type);
+  if (scale < rule.min_scale) scale = rule.min_scale;
   uint32_t bits = bits_of(scale);
   if (pow2 && bits < kInfBits) {
     const uint32_t exponent = (bits >> 23) + ((bits & 0x7fffff) != 0);
@@ -75,18 +84,19 @@ __host__ __device__ inline uint32_t stored_scale(float amax, Fp8Type fp8_type, b
 // as the correctly rounded quotient (tests/test_cuda_build.py checks every significand of a scale against
 // every FP8 rounding boundary). That needs
 //   - a remainder that does not underflow: tiny scales are lifted by 2^64, and their x with them;
-//   - a finite quotient: from 2^20 on, far past every FP8 value, the uncorrected one saturates just as well, and
+//   - a finite quotient: from 2^20 (rule.corrected_below) on, far past every FP8 value, the uncorrected one saturates just as well, and
 //     a NaN stays one;
 //   - a finite scale: x / Inf is a zero (NaN where x is Inf), which scale = 0, inv = 0 gives.
 // The fused step turns -0 into +0, hence copysign; scales are never negative.
 struct ScaleDivider {
-  float lift, scale, inv;
+  float lift, scale, inv, corrected_below;
 
-  __host__ __device__ explicit ScaleDivider(float s) {
+  __host__ __device__ explicit ScaleDivider(float s, const Rule& rule = {}) : corrected_below(rule.corrected_below) {
     lift = s < 0x1p-80f ? 0x1p64f : 1.0f;
     scale = s * lift;
     inv = 1.0f / scale;
     if (bits_of(s) == kInfBits) scale = 0.0f;
+    if (s <= 0x1p-128f) inv = 0.0f, lift = 1.0f;  // 1 / s overflows: rules that allow such scales make zeros of them
   }
 
   __host__ __device__ float operator()(float x) const {
@@ -94,7 +104,7 @@ struct ScaleDivider {
     const float quotient = x * inv;
     const float remainder = fmaf(-quotient, scale, x);
     const float corrected = copysignf(fmaf(remainder, inv, quotient), x);
-    return fabsf(quotient) < 0x1p20f ? corrected : quotient;
+    return fabsf(quotient) < corrected_below ? corrected : quotient;
   }
 };
 

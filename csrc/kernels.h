@@ -18,6 +18,7 @@ struct QuantizeParams {
   Fp8Type fp8_type;
   ScaleType scale_type;
   bool pow2;
+  Rule rule;
 };
 
 struct AmaxParams {

@@ -10,7 +10,7 @@ namespace fp8_kernels {
 using torch::stable::Tensor;
 
 void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tensor& q, const Tensor& scale,
-                  int64_t block_n, int64_t block_k, bool pow2);
+                  int64_t block_n, int64_t block_k, bool pow2, int64_t numerics);
 void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t block_k, bool accumulate);
 void dequantize_out(const Tensor& q, const Tensor& scale, const Tensor& w, int64_t block_n, int64_t block_k);
 

@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
     }
 
     // Make the scale.
-    const uint32_t stored = stored_scale(float_of(amax), p.fp8_type, p.pow2, p.scale_type);
+    const uint32_t stored = stored_scale(float_of(amax), p.fp8_type, p.pow2, p.scale_type, p.rule);
     if (lane == 0 && exists) store_scale(stored, p.scale.data, scale_offsets[g], p.scale_type);
-    const ScaleDivider divide(scale_value(stored, p.scale_type));
+    const ScaleDivider divide(scale_value(stored, p.scale_type), p.rule);
 
     // Cast and store. The positions are computed anew, which is cheaper than the registers to keep them: the
     // compiler must not see that they are the same.

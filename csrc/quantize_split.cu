@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kNumThreads)
   }
 
   // Make the scale; one block a group writes it.
-  const uint32_t stored = stored_scale(float_of(amax), p.fp8_type, p.pow2, p.scale_type);
+  const uint32_t stored = stored_scale(float_of(amax), p.fp8_type, p.pow2, p.scale_type, p.rule);
   if (part == 0 && threadIdx.x == 0) {
     const int64_t offset = p.scale.offset(group.unit, group.grid_row, group.grid_col);
     store_scale(stored, p.scale.data, offset, p.scale_type);
   }
-  const ScaleDivider divide(scale_value(stored, p.scale_type));
+  const ScaleDivider divide(scale_value(stored, p.scale_type), p.rule);
 
   // Cast the part from its end.
   const T* source = p.w.at<T>(group.unit, group.row, group.col);

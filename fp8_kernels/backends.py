@@ -19,7 +19,8 @@ from . import _ext, torch_kernels
 
 BACKENDS = ("cuda", "triton", "reference")
 SCHEMAS = {
-    "quantize_out": "(Tensor w, Tensor? amax, Tensor(a!) q, Tensor(b!) scale, int block_n, int block_k, bool pow2)",
+    "quantize_out": "(Tensor w, Tensor? amax, Tensor(a!) q, Tensor(b!) scale, int block_n, int block_k, bool pow2, "
+    "int numerics)",
     "amax_out": "(Tensor w, Tensor(a!) amax, int block_n, int block_k, bool accumulate)",
     "dequantize_out": "(Tensor q, Tensor scale, Tensor(a!) w, int block_n, int block_k)",
 }

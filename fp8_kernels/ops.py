@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from . import backends, reference
-from .schemes import Scheme, as_scheme, dtype_name
+from .schemes import Scheme, as_scheme, dtype_name, with_numerics
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = tuple(reference.FP8_MAX)
+VLLM_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
 # The registered ops take e8m0 scales as bytes: torch.compile's passes leave out every node that touches the dtype,
 # the one included that must replace a mutating op.
@@ -26,6 +27,7 @@ def quantize(
     dtype: torch.dtype = torch.float8_e4m3fn,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     amax: torch.Tensor | None = None,
+    numerics: str | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cast a weight to FP8 with scales found from its own values.
@@ -34,10 +36,12 @@ def quantize(
         w: bf16, fp16 or fp32 `[..., N, K]`; leading dimensions are a batch (`[E, N, K]`: one scale set an
             expert). Any strides and alignment; fast where K is contiguous.
         scheme: a scheme or its name, see `schemes.SCHEMES`.
-        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`; AMD's `torch.float8_e4m3fnuz` and
+            `torch.float8_e5m2fnuz`, which the CUDA backend has not.
         out: `(q, scale)` to write into, of any strides: `q` of the shape of `w`, in an FP8 dtype, which
             then wins over `dtype`; `scale` of `scheme.scale_shape(w.shape)` and `scheme.scale_dtype`.
         amax: fp32, the shape of the scales: use these instead of finding them, so only the cast remains.
+        numerics: "exact" or "vllm", see docs/numerics.md; by default the scheme's.
         backend: one of `BACKENDS`; by default the tensor's device decides.
 
     Returns:
@@ -47,7 +51,7 @@ def quantize(
         TypeError, ValueError: an argument of the wrong dtype, shape or device; nothing has been written.
         RuntimeError: `backend` is not available for this tensor.
     """
-    scheme = as_scheme(scheme)
+    scheme = as_scheme(scheme) if numerics is None else with_numerics(scheme, numerics)
     # The CUDA op itself refuses all that the checks refuse, before it writes anything. So a call that it takes is
     # spared them, and one that it refuses gets their words.
     direct = backend is None and _is_direct(w, scheme, out)
@@ -61,14 +65,14 @@ def quantize(
         q, scale = out
     if direct:
         try:
-            _quantize_out(w, amax, q, scale, *scheme.block, scheme.pow2)
+            _quantize_out(w, amax, q, scale, *scheme.quantize_args)
         except RuntimeError:
             _check_quantize(w, scheme, dtype, out, amax)
             raise
         return q, scale
     op = backends.op("quantize_out", backend, w.device)
     for w_, amax_, q_, scale_ in _batches(w.ndim - 3, w, amax, q, _as_bytes(scale)):
-        op(w_, amax_, q_, scale_, *scheme.block, scheme.pow2)
+        op(w_, amax_, q_, scale_, *scheme.quantize_args)
     return q, (scale if scale.dtype == scheme.scale_dtype else scale.view(scheme.scale_dtype))
 
 
@@ -180,6 +184,7 @@ def _is_direct(w, scheme, out):
         and w.is_cuda
         and w.ndim in (2, 3)
         and scheme.scale_dtype is torch.float32
+        and scheme.numerics == "exact"
         and (out is None or getattr(out[1], "dtype", None) is torch.float32)
         and not torch.compiler.is_compiling()
     )
@@ -208,9 +213,12 @@ def _check_quantize(w, scheme, dtype, out, amax):
         _check_dtype("dtype", dtype, FP8_DTYPES)
     else:
         _check_tensor("out[0]", out[0], w.shape, FP8_DTYPES, w.device)
+        dtype = out[0].dtype
         _check_tensor("out[1]", out[1], shape, (scheme.scale_dtype,), w.device)
     if amax is not None:
         _check_tensor("amax", amax, shape, (torch.float32,), w.device)
+    if scheme.numerics == "vllm" and dtype not in VLLM_DTYPES:
+        raise TypeError(f"`dtype` must be one that vLLM quantizes to, float8_e4m3, got {dtype_name(dtype)}")
 
 
 def _check_weight(name, w):

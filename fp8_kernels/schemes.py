@@ -7,13 +7,15 @@ dimension. Kernels know only that rectangle, so a new scheme is a new class here
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 WHOLE = -1
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+NUMERICS = ("exact", "vllm")  # the registered ops take the index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +26,28 @@ class Scheme:
         pow2: round each scale up to a power of two.
         scale_dtype: how scales are stored, and what the weight is divided by: float32; bfloat16 (rounded
             first, then used); float8_e8m0fnu (needs `pow2`).
+        numerics: "exact"; or "vllm" for the bits of vLLM's online quantization, see docs/numerics.md (needs plain
+            fp32 scales).
     """
 
     pow2: bool = False
     scale_dtype: torch.dtype = torch.float32
+    numerics: str = "exact"
 
     def __post_init__(self):
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"`scale_dtype` must be one of {SCALE_DTYPES}, got {self.scale_dtype}")
         if self.scale_dtype == torch.float8_e8m0fnu and not self.pow2:
             raise ValueError("`scale_dtype=torch.float8_e8m0fnu` holds powers of two only: set `pow2=True`")
+        if self.numerics not in NUMERICS:
+            raise ValueError(f"`numerics` must be one of {NUMERICS}, got {self.numerics!r}")
+        if self.numerics == "vllm" and (self.pow2 or self.scale_dtype != torch.float32):
+            raise ValueError("`numerics='vllm'` must come with fp32 scales and `pow2=False`, as vLLM has them")
         for extent in self.block:
             if not isinstance(extent, int) or (extent < 1 and extent != WHOLE):
                 raise ValueError(f"{type(self).__name__} sizes must be positive ints, got {extent!r}")
+        # The last arguments of the registered quantize ops; an attribute, since a property is computed in every call.
+        object.__setattr__(self, "quantize_args", (*self.block, self.pow2, NUMERICS.index(self.numerics)))
 
     @property
     def block(self) -> tuple[int, int]:
@@ -130,6 +141,12 @@ def as_scheme(scheme: str | Scheme) -> Scheme:
     if scheme not in SCHEMES:
         raise ValueError(f"`scheme` must be one of {sorted(SCHEMES)} or a Scheme, got {scheme!r}")
     return SCHEMES[scheme]
+
+
+@lru_cache(maxsize=256)
+def with_numerics(scheme: str | Scheme, numerics: str) -> Scheme:
+    """The scheme with these numerics."""
+    return replace(as_scheme(scheme), numerics=numerics)
 
 
 def scheme_name(scheme: Scheme) -> str:

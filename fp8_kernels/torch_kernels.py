@@ -13,15 +13,16 @@ from .schemes import WHOLE
 CHUNK_ELEMENTS = 1 << 18
 
 
-def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
+def quantize_out(w, amax, q, scale, block_n, block_k, pow2, numerics):
     """Write codes and scales of `w`; see `ops.quantize`."""
     if amax is None:
         amax = scale.new_empty(scale.shape, dtype=torch.float32)
         amax_out(w, amax, block_n, block_k, accumulate=False)
     scale = _typed(scale)
-    scale.copy_(reference.scale_from_amax(amax, q.dtype, pow2, scale.dtype))
+    rule = reference.rule(q.dtype, numerics, block_n, block_k)
+    scale.copy_(reference.scale_from_amax(amax, rule, pow2, scale.dtype))
     for unit, rows, groups in _chunks(w, block_n):
-        q[unit, rows].copy_(reference.cast(w[unit, rows], scale[unit, groups], q.dtype, block_n, block_k))
+        q[unit, rows].copy_(reference.cast(w[unit, rows], scale[unit, groups], q.dtype, block_n, block_k, rule))
 
 
 def amax_out(w, amax, block_n, block_k, accumulate):

@@ -22,10 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import FP8_MAX
+from .reference import FNUZ, rule
 from .schemes import WHOLE, grid
 
-_TINY = tl.constexpr(2.0**-126)
 _INF = tl.constexpr(float("inf"))
 _NAN_BITS = tl.constexpr(0x7FC00000)
 
@@ -94,10 +93,17 @@ def _round(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scale_from_amax(amax, dtype: tl.constexpr, FP8_MAX: tl.constexpr, POW2: tl.constexpr):
+def _scale_from_amax(
+    amax, dtype: tl.constexpr, FP8_MAX: tl.constexpr, MIN_AMAX: tl.constexpr, MIN_SCALE: tl.constexpr,
+    RECIPROCAL_MAX: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
     """`reference.scale_from_amax`: (as stored in `dtype`, uint8 being e8m0; the same in fp32)."""
-    scale = tl.div_rn(amax, FP8_MAX)
-    scale = tl.where(scale < _TINY, _TINY, scale)  # false for NaN, which stays
+    amax = tl.where(amax < MIN_AMAX, MIN_AMAX, amax)  # false for NaN, which stays
+    if RECIPROCAL_MAX:
+        scale = amax * tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), FP8_MAX)
+    else:
+        scale = tl.div_rn(amax, FP8_MAX)
+    scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)
     if POW2:  # the carry out of the mantissa rounds the exponent up, and leaves Inf as it is
         scale = tl.where(scale == scale, _float((_bits(scale) + 0x7FFFFF) & 0x7F800000), scale)
     if dtype == tl.uint8:  # e8m0 has NaN but no Inf
@@ -121,8 +127,9 @@ def _load_scale(pointers, mask):
 
 
 @triton.jit
-def _divide(x, scale, BOUNDED: tl.constexpr):
-    """`x / scale` as IEEE division rounds it, for the scales that `_scale_from_amax` makes.
+def _divide(x, scale, RECIPROCAL: tl.constexpr, BOUNDED: tl.constexpr):
+    """`x / scale` as IEEE division rounds it, for the scales that `_scale_from_amax` makes; where RECIPROCAL,
+    `x * (1 / scale)` instead, with 0 for a reciprocal that overflows.
 
     A quotient by the rounded reciprocal, corrected by its exact remainder, is the correctly rounded one,
     which takes a third of the instructions of a division. The remainder is exact unless it falls under the
@@ -133,22 +140,27 @@ def _divide(x, scale, BOUNDED: tl.constexpr):
     BOUNDED says that no |x| exceeds the amax of its group, so that no quotient overflows; else an infinite one
     has no remainder and is the answer.
     """
-    lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
-    scale = scale * lift
-    neg_inv_scale = tl.broadcast_to(tl.div_rn(-1.0, scale), x.shape)
-    scale = tl.broadcast_to(tl.where(scale == _INF, 0.0, scale), x.shape)
-    neg_x = x * (lift * -1.0)
-    first = neg_x * neg_inv_scale
-    remainder = tl.fma(first, scale, neg_x)
-    quotient = tl.fma(remainder, neg_inv_scale, first)
-    if not BOUNDED:
-        quotient = tl.where(tl.abs(first) < 2.0**100, quotient, first)
+    if RECIPROCAL:
+        inv_scale = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        quotient = x * tl.where(inv_scale == _INF, 0.0, inv_scale)
+    else:
+        lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+        scale = scale * lift
+        neg_inv_scale = tl.broadcast_to(tl.div_rn(-1.0, scale), x.shape)
+        scale = tl.broadcast_to(tl.where(scale == _INF, 0.0, scale), x.shape)
+        neg_x = x * (lift * -1.0)
+        first = neg_x * neg_inv_scale
+        remainder = tl.fma(first, scale, neg_x)
+        quotient = tl.fma(remainder, neg_inv_scale, first)
+        if not BOUNDED:
+            quotient = tl.where(tl.abs(first) < 2.0**100, quotient, first)
     return quotient
 
 
 @triton.jit
-def _encode(x, FP8_MAX: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 -> FP8 code: one rounding, ties to even, saturating; NaN is 0x7f."""
+def _encode(x, FP8_MAX: tl.constexpr, FNUZ: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 -> FP8 code: one rounding, ties to even, saturating at FP8_MAX; NaN is 0x7f. FNUZ formats have an exponent
+    bias larger by one, and 0x80 is their NaN instead of -0."""
     E5M2: tl.constexpr = FP8_MAX > 448
     if NATIVE:
         code = tl.inline_asm_elementwise(
@@ -156,8 +168,11 @@ def _encode(x, FP8_MAX: tl.constexpr, NATIVE: tl.constexpr):
         )
     else:
         SHIFT: tl.constexpr = 21 if E5M2 else 20  # mantissa bits that FP8 lacks
-        MIN_EXPONENT: tl.constexpr = -14 if E5M2 else -6  # of a normal FP8 number
-        MAX_BITS: tl.constexpr = 0x47600000 if E5M2 else 0x43E00000  # of FP8_MAX
+        MIN_EXPONENT: tl.constexpr = (-14 if E5M2 else -6) - (1 if FNUZ else 0)  # of a normal FP8 number
+        # The bits of FP8_MAX, one of four.
+        MAX_BITS: tl.constexpr = (
+            0x47600000 if E5M2 else 0x43E00000 if FP8_MAX == 448 else 0x43700000 if FP8_MAX == 240 else 0x43600000
+        )
         bits = _bits(x)
         magnitude = tl.minimum(bits & 0x7FFFFFFF, MAX_BITS)
         normal = (magnitude + ((1 << (SHIFT - 1)) - 1) + ((magnitude >> SHIFT) & 1)) >> SHIFT
@@ -165,16 +180,21 @@ def _encode(x, FP8_MAX: tl.constexpr, NATIVE: tl.constexpr):
         # Added to the power of two whose last bit is the smallest subnormal, a value rounds to a multiple of it.
         MAGIC_BITS: tl.constexpr = (127 + MIN_EXPONENT + SHIFT) << 23
         subnormal = _bits(_float(magnitude) + _float(tl.full(x.shape, MAGIC_BITS, tl.int32))) - MAGIC_BITS
-        code = tl.where(magnitude < ((127 + MIN_EXPONENT) << 23), subnormal, normal) | ((bits >> 24) & 0x80)
-        code = tl.where(x == x, code, 0x7F).to(tl.uint8)
+        code = tl.where(magnitude < ((127 + MIN_EXPONENT) << 23), subnormal, normal)
+        sign = (bits >> 24) & 0x80
+        code |= tl.where(code == 0, 0, sign) if FNUZ else sign
+        code = tl.where(x == x, code, 0x80 if FNUZ else 0x7F).to(tl.uint8)
     return code
 
 
 @triton.jit
-def _decode(code, E5M2: tl.constexpr):
+def _decode(code, E5M2: tl.constexpr, FNUZ: tl.constexpr):
     """FP8 code -> fp32, exact."""
     code = code.to(tl.int32)
-    if E5M2:  # the upper half of an fp16
+    if FNUZ:  # as e4m3 below, with biases of their own and one NaN
+        magnitude = _float((code & 0x7F) << (21 if E5M2 else 20)) * (2.0**111 if E5M2 else 2.0**119)
+        value = _float(tl.where(code == 0x80, _NAN_BITS, _bits(magnitude) | ((code & 0x80) << 24)))
+    elif E5M2:  # the upper half of an fp16
         value = (code << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:  # the fields of an fp32 whose exponent is too small by the difference of the biases
         magnitude = _float((code & 0x7F) << 20) * 2.0**120
@@ -276,7 +296,8 @@ def _quantize_kernel(
     q_stride_e, q_stride_n, q_stride_k, s_stride_e, s_stride_n, s_stride_k, num_partials,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr,
     PARTIALS: tl.constexpr, LOOP: tl.constexpr, BOUNDED: tl.constexpr,
-    FP8_MAX: tl.constexpr, POW2: tl.constexpr, NATIVE: tl.constexpr,
+    FP8_MAX: tl.constexpr, MIN_AMAX: tl.constexpr, MIN_SCALE: tl.constexpr, RECIPROCAL_MAX: tl.constexpr,
+    RECIPROCAL: tl.constexpr, FNUZ: tl.constexpr, POW2: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales. The amaxes are found here where PARTIALS is 0, else the maximum of `num_partials` of `amax`."""
     unit, group_n, group_k, first = _program(split, tiles_n, tiles_k, R, G, SHARED)
@@ -302,17 +323,19 @@ def _quantize_kernel(
                 bits = tl.maximum(bits, _abs_bits(x_i))
         group_amax = _from_abs_bits(_group_max(bits, SHARED), w.dtype.element_ty)
 
-    stored, group_scale = _scale_from_amax(group_amax, scale.dtype.element_ty, FP8_MAX, POW2)
+    stored, group_scale = _scale_from_amax(
+        group_amax, scale.dtype.element_ty, FP8_MAX, MIN_AMAX, MIN_SCALE, RECIPROCAL_MAX, POW2
+    )
     if first == 0:
         tl.store(scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k, stored, mask=g_mask)
 
-    code = _encode(_divide(_widen(x), group_scale, BOUNDED), FP8_MAX, NATIVE)
+    code = _encode(_divide(_widen(x), group_scale, RECIPROCAL, BOUNDED), FP8_MAX, FNUZ, NATIVE)
     tl.store(q + row * q_stride_n + col * q_stride_k, code, mask=mask)
     if LOOP:  # a second read of the group, small enough for the L2 cache to serve it
         for piece in range(1, pieces):
             row_i, col_i, mask_i = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
             x_i = tl.load(w + row_i * w_stride_n + col_i * w_stride_k, mask=mask_i, other=0.0)
-            code_i = _encode(_divide(_widen(x_i), group_scale, BOUNDED), FP8_MAX, NATIVE)
+            code_i = _encode(_divide(_widen(x_i), group_scale, RECIPROCAL, BOUNDED), FP8_MAX, FNUZ, NATIVE)
             tl.store(q + row_i * q_stride_n + col_i * q_stride_k, code_i, mask=mask_i)
 
 
@@ -322,7 +345,7 @@ def _dequantize_kernel(
     num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
     q_stride_e, q_stride_n, q_stride_k, s_stride_e, s_stride_n, s_stride_k, w_stride_e, w_stride_n, w_stride_k,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr,
-    E5M2: tl.constexpr,
+    E5M2: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """`q * scale`, rounded to the dtype of `w`."""
     unit, group_n, group_k, piece = _program(split, tiles_n, tiles_k, R, G, SHARED)
@@ -331,7 +354,7 @@ def _dequantize_kernel(
     g_row, g_col, g_mask = _groups(group_n, group_k, grid_n, grid_k, R, G, SHARED)
     code = tl.load(q + unit * q_stride_e + row * q_stride_n + col * q_stride_k, mask=mask, other=0)
     group_scale = _load_scale(scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k, g_mask)
-    value = _round(_decode(code, E5M2) * group_scale, w.dtype.element_ty)
+    value = _round(_decode(code, E5M2, FNUZ) * group_scale, w.dtype.element_ty)
     tl.store(w + unit * w_stride_e + row * w_stride_n + col * w_stride_k, value, mask=mask)
 
 
@@ -426,7 +449,7 @@ def _converts_fp8(device):
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
+def quantize_out(w, amax, q, scale, block_n, block_k, pow2, numerics):
     """Write codes and scales of `w`; see `ops.quantize`.
 
     One launch; two, the first for the amax, where that is not given and the groups are too large for one
@@ -447,6 +470,7 @@ def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
     split = 1 if amax is None else tiling.pieces
     codes = q.view(torch.uint8)
     stored = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    used = rule(q.dtype, numerics, block_n, block_k)
     found = w if amax is None else amax  # a tensor must stand in the place of one that is not read
     _launch(
         _quantize_kernel, len(w) * tiling.num_tiles * split, w,
@@ -454,7 +478,9 @@ def quantize_out(w, amax, q, scale, block_n, block_k, pow2):
         *w.stride(), *found.stride(), *q.stride(), *scale.stride(), num_partials,
         PARTIALS=0 if amax is None else triton.next_power_of_2(num_partials),
         LOOP=amax is None and tiling.pieces > 1, BOUNDED=bounded,
-        FP8_MAX=FP8_MAX[q.dtype], POW2=pow2, NATIVE=_converts_fp8(w.device), **tiling.shape,
+        FP8_MAX=used.fp8_max, MIN_AMAX=used.min_amax, MIN_SCALE=used.min_scale, RECIPROCAL_MAX=used.reciprocal_max,
+        RECIPROCAL=used.reciprocal, FNUZ=q.dtype in FNUZ, POW2=pow2,
+        NATIVE=q.dtype not in FNUZ and _converts_fp8(w.device), **tiling.shape,
     )  # fmt: skip
 
 
@@ -494,5 +520,5 @@ def dequantize_out(q, scale, w, block_n, block_k):
     _launch(
         _dequantize_kernel, len(q) * tiling.num_tiles * tiling.pieces, q,
         codes, stored, w, *tiling.sizes, tiling.pieces, *q.stride(), *scale.stride(), *w.stride(),
-        E5M2=q.dtype == torch.float8_e5m2, **tiling.shape,
+        E5M2=q.dtype in (torch.float8_e5m2, torch.float8_e5m2fnuz), FNUZ=q.dtype in FNUZ, **tiling.shape,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 // Runs the numerics of csrc/fp8.cuh on the host, for tests/test_cuda_build.py.
 //
 //   fp8_host boundaries            the proof of ScaleDivider, exhaustive; prints how many cases it tried
-//   fp8_host scale TYPE POW2 E5M2  fp32 amaxes on stdin, stored scales on stdout (4 bytes each)
-//   fp8_host cast E5M2             fp32 pairs (x, scale) on stdin, codes on stdout (1 byte each)
+//   fp8_host scale TYPE POW2 E5M2 MIN_AMAX MIN_SCALE RECIPROCAL_MAX  fp32 amaxes on stdin, stored scales on stdout (4 bytes each)
+//   fp8_host cast E5M2 RECIPROCAL  fp32 pairs (x, scale) on stdin, codes on stdout (1 byte each)
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -48,18 +48,23 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   const auto flag = [&](int i) { return std::atoi(argv[i]) != 0; };
   if (mode == "boundaries") return boundaries();
-  if (mode == "scale" && argc == 5) {
+  Rule rule;
+  if (mode == "scale" && argc == 8) {
+    rule.min_amax = std::atof(argv[5]);
+    rule.min_scale = std::atof(argv[6]);
+    rule.reciprocal_max = flag(7);
     const Fp8Type fp8 = flag(4) ? Fp8Type::kE5M2 : Fp8Type::kE4M3;
     for (const float amax : read_all<float>()) {
-      const uint32_t stored = stored_scale(amax, fp8, flag(3), static_cast<ScaleType>(std::atoi(argv[2])));
+      const uint32_t stored = stored_scale(amax, fp8, flag(3), static_cast<ScaleType>(std::atoi(argv[2])), rule);
       std::fwrite(&stored, sizeof(stored), 1, stdout);
     }
     return 0;
   }
-  if (mode == "cast" && argc == 3) {
+  if (mode == "cast" && argc == 4) {
+    if (flag(3)) rule.corrected_below = 0.0f;
     const Fp8Type fp8 = flag(2) ? Fp8Type::kE5M2 : Fp8Type::kE4M3;
     for (const float2 pair : read_all<float2>()) {
-      std::fputc(static_cast<int>(to_fp8x2(ScaleDivider(pair.y)(pair.x), 0.0f, fp8) & 0xff), stdout);
+      std::fputc(static_cast<int>(to_fp8x2(ScaleDivider(pair.y, rule)(pair.x), 0.0f, fp8) & 0xff), stdout);
     }
     return 0;
   }

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fp8_kernels import reference
+from fp8_kernels.schemes import WHOLE
 from fp8_kernels.testing import assert_same_bits
 
 ROOT = Path(__file__).parents[1]
@@ -122,24 +123,42 @@ def amaxes():
 def test_the_scale_rule_is_the_references(fp8_host, scale_type, pow2, fp8):
     """Stored bits of scales, of every type, for amaxes of every exponent."""
     amax = amaxes()
-    arguments = [SCALE_TYPES.index(scale_type), int(pow2), FP8.index(fp8)]
+    arguments = [SCALE_TYPES.index(scale_type), int(pow2), FP8.index(fp8), 0, reference.TINY, 0]
     out = run(fp8_host, "scale", *arguments, input=amax.numpy().tobytes())
     stored = torch.frombuffer(bytearray(out), dtype=torch.int32)
     narrow = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[scale_type.itemsize]
-    assert_same_bits(stored.to(narrow).view(scale_type), reference.scale_from_amax(amax, fp8, pow2, scale_type))
+    assert_same_bits(
+        stored.to(narrow).view(scale_type), reference.scale_from_amax(amax, reference.rule(fp8), pow2, scale_type)
+    )
 
 
+@pytest.mark.parametrize("block", [(WHOLE, WHOLE), (1, WHOLE), (128, 128), (1, 128)])
+def test_the_scale_rules_of_vllm_are_the_references(fp8_host, block):
+    """The same for the rules that csrc/ops.cu chooses for `numerics="vllm"`; which it chooses tests/gpu shows."""
+    amax = amaxes()
+    rule = reference.rule(FP8[0], 1, *block)
+    arguments = [0, 0, 0, repr(rule.min_amax), repr(rule.min_scale), int(rule.reciprocal_max)]
+    out = run(fp8_host, "scale", *arguments, input=amax.numpy().tobytes())
+    stored = torch.frombuffer(bytearray(out), dtype=torch.float32)
+    assert_same_bits(stored, reference.scale_from_amax(amax, rule, False))
+
+
+@pytest.mark.parametrize("reciprocal", [False, True])
 @pytest.mark.parametrize("fp8", FP8, ids=str)
-def test_the_cast_is_the_references(fp8_host, fp8):
+def test_the_cast_is_the_references(fp8_host, fp8, reciprocal):
     """Codes for any x over any scale: quotients in range, far above, far below, and not finite."""
     x = torch.randint(-(2**31), 2**31 - 1, (300_000,)).int().view(torch.float32)
-    scale = torch.randint(0x00800000, 0x7F800001, x.shape).int().view(torch.float32)
+    scale = torch.randint(0 if reciprocal else 0x00800000, 0x7F800001, x.shape).int().view(torch.float32)
     # Half of the quotients in the range of FP8, where rounding decides.
     scale[::2] = (x[::2].abs() * torch.rand(x[::2].shape).exp2() / 32).clamp(min=reference.TINY)
     corners = torch.tensor([0.0, -0.0, 2.0**-149, -(2.0**-127), 1.0, 448.0, -3.4e38, float("inf"), float("nan")])
-    scales = torch.tensor([2.0**-126, 1.7 * 2.0**-126, 2.0**-80, 1.0, 2.0**119, float("inf"), float("nan")])
+    scales = torch.tensor(
+        [0.0, 2.0**-140, 2.0**-128, 1.3 * 2.0**-128] * reciprocal
+        + [2.0**-126, 1.7 * 2.0**-126, 2.0**-80, 1.0, 2.0**119, float("inf"), float("nan")]
+    )
     x = torch.cat([x, corners.repeat_interleave(len(scales))])
     scale = torch.cat([scale, scales.repeat(len(corners))])
-    out = run(fp8_host, "cast", FP8.index(fp8), input=torch.stack([x, scale], 1).numpy().tobytes())
+    rule = reference.rule(fp8)._replace(reciprocal=reciprocal)
+    out = run(fp8_host, "cast", FP8.index(fp8), int(reciprocal), input=torch.stack([x, scale], 1).numpy().tobytes())
     codes = torch.frombuffer(bytearray(out), dtype=torch.uint8).view(fp8)
-    assert_same_bits(codes, reference.cast(x[None, :, None], scale[None, :, None], fp8, 1, 1)[0, :, 0])
+    assert_same_bits(codes, reference.cast(x[None, :, None], scale[None, :, None], fp8, 1, 1, rule)[0, :, 0])

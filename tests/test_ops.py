@@ -3,6 +3,8 @@
 The same properties on a GPU, for every backend, are in tests/gpu.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,17 +15,17 @@ from fp8_kernels.testing import bits
 from fp8_kernels.torch_kernels import CHUNK_ELEMENTS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+FP8 = list(reference.FP8_MAX)
 # One element; below, at and above a block; a width no block divides; more rows than a chunk holds; experts.
 SHAPES = [(1, 1), (7, 13), (128, 128), (129, 576), (1025, 700), (3, 130, 257), (2, 2, 5, 40)]
 SCHEME_NAMES = ["per_tensor", "per_channel", "per_block", "per_group", "mxfp8"]
 ALL_SCHEMES = [*(SCHEMES[n] for n in SCHEME_NAMES), fk.PerBlock(3, 5), fk.PerChannel(scale_dtype=torch.bfloat16)]
 
 
-def expected(w, scheme, dtype=torch.float8_e4m3fn):
+def expected(w, scheme, dtype=torch.float8_e4m3fn, numerics=0):
     """The reference on the whole weight at once, batch dimensions flattened."""
     flat = w.reshape(-1, *w.shape[-2:])
-    q, scale = reference.quantize(flat, dtype, *scheme.block, scheme.pow2, scheme.scale_dtype)
+    q, scale = reference.quantize(flat, dtype, *scheme.block, scheme.pow2, scheme.scale_dtype, numerics=numerics)
     return q.reshape(w.shape), scale.reshape(scheme.scale_shape(w.shape))
 
 
@@ -38,6 +40,20 @@ def test_quantize_equals_the_reference(shape, scheme):
             want_q, want_scale = expected(w, scheme, dtype)
             assert q.dtype == dtype and q.shape == w.shape and torch.equal(bits(q), bits(want_q))
             assert scale.dtype == scheme.scale_dtype and torch.equal(bits(scale), bits(want_scale))
+
+
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "per_block", "per_group"])
+def test_numerics_of_vllm(scheme):
+    """By the argument or by the scheme, for small weights and zeros; floors make them other bits than the exact ones."""
+    w = torch.randn(3, 130, 257) * 1e-8
+    w[1] = 0
+    want = expected(w, as_scheme(scheme), numerics=1)
+    for got in (fk.quantize(w, scheme, numerics="vllm"), fk.quantize(w, replace(as_scheme(scheme), numerics="vllm"))):
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, want, strict=True))
+    exact = fk.quantize(w, scheme)
+    assert not all(torch.equal(bits(a), bits(b)) for a, b in zip(got, exact, strict=True))
+    got = fk.quantize(w, replace(as_scheme(scheme), numerics="vllm"), numerics="exact")
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, exact, strict=True))
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
@@ -137,6 +153,17 @@ BAD_CALLS = {
     ),
     "device": (lambda w: fk.amax(w, out=torch.ones((), device="meta")), ValueError, "`out` must be on cpu, got meta"),
     "accumulate": (lambda w: fk.amax(w, accumulate=True), ValueError, "must come with `out`"),
+    "unknown numerics": (lambda w: fk.quantize(w, numerics="sglang"), ValueError, "`numerics` must be one of"),
+    "vllm numerics of mx": (
+        lambda w: fk.quantize(w, "mxfp8", numerics="vllm"),
+        ValueError,
+        "must come with fp32 scales",
+    ),
+    "vllm numerics of e5m2": (
+        lambda w: fk.quantize(w, dtype=torch.float8_e5m2, numerics="vllm"),
+        TypeError,
+        "`dtype` must be one that vLLM quantizes to, float8_e4m3, got float8_e5m2",
+    ),
     "unknown backend": (lambda w: fk.quantize(w, backend="metal"), ValueError, "`backend` must be one of"),
     "other device's backend": (
         lambda w: fk.quantize(w, backend="triton"),
@@ -155,10 +182,11 @@ def test_bad_arguments_are_named(call, error, message):
 
 
 def op_calls():
-    """One call of each registered op, in the canonical form."""
+    """Calls of each registered op."""
     w, q = torch.randn(2, 6, 10), torch.zeros(2, 6, 10, dtype=torch.float8_e4m3fn)
-    yield "quantize_out", (w, None, q, torch.empty(2, 6, 1), 1, -1, False)
-    yield "quantize_out", (w, torch.ones(2, 1, 1), q, torch.empty(2, 1, 1), -1, -1, True)
+    yield "quantize_out", (w, None, q, torch.empty(2, 6, 1), 1, -1, False, 0)
+    yield "quantize_out", (w[0], torch.ones(()), q[0], torch.empty(()), -1, -1, True, 0)
+    yield "quantize_out", (w, None, q, torch.empty(2), -1, -1, False, 1)
     yield "amax_out", (w, torch.zeros(2, 2, 2), 4, 8, True)
     yield "dequantize_out", (q, torch.ones(2, 6, 1), w, 1, -1)
 

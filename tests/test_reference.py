@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from fp8_kernels import reference
+from fp8_kernels.reference import rule
 from fp8_kernels.schemes import SCHEMES, WHOLE
 from fp8_kernels.testing import bits
 
 FP8 = tuple(reference.FP8_MAX)
+MANTISSA_BITS_AND_MIN_EXPONENT = dict(zip(FP8, [(3, -6), (2, -14), (3, -7), (2, -15)], strict=True))
 BLOCKS = [(WHOLE, WHOLE), (1, WHOLE), (128, 128), (1, 128), (1, 32), (3, 5), (WHOLE, 4), (2, WHOLE)]
 
 
@@ -24,7 +26,7 @@ def test_cast_is_the_nearest_code_with_ties_to_even(fp8_dtype):
     lower, upper = codes[:-1], codes[1:]
     middle = (lower + upper) / 2
     x = torch.cat([codes, middle, torch.lerp(lower, upper, 0.4999), torch.lerp(lower, upper, 0.5001)])
-    got = reference.cast(x.float()[None, None], torch.ones(1, 1, 1), fp8_dtype, 1, WHOLE)[0, 0]
+    got = reference.cast(x.float()[None, None], torch.ones(1, 1, 1), fp8_dtype, 1, WHOLE, rule(fp8_dtype))[0, 0]
     distance = (got.double() - x).abs()
     assert torch.equal(distance, (x[:, None] - codes).abs().amin(1))
     ties = got[len(codes) : len(codes) + len(middle)].view(torch.uint8)
@@ -37,7 +39,7 @@ def test_error_is_at_most_half_a_unit_in_the_last_place(fp8_dtype, block_n, bloc
     """|w - q * scale| <= ulp(q) / 2 * scale, in float64, where scale is not rounded up to a floor."""
     w = torch.randn(2, 37, 150) * torch.logspace(-3, 3, 150)
     q, scale = reference.quantize(w, fp8_dtype, block_n, block_k)
-    mantissa_bits, min_exponent = (3, -6) if fp8_dtype == torch.float8_e4m3fn else (2, -14)
+    mantissa_bits, min_exponent = MANTISSA_BITS_AND_MIN_EXPONENT[fp8_dtype]
     exponent = q.double().abs().clamp(min=2.0**min_exponent).log2().floor()
     half_ulp = torch.exp2(exponent - mantissa_bits - 1)
     scale = reference._per_element(scale, w.shape, block_n, block_k).double()
@@ -101,7 +103,7 @@ def test_cast_saturates_at_a_given_amax():
 def test_pow2_scales_are_rounded_up(fp8_dtype):
     """The smallest power of two that saturates nothing."""
     amax = torch.cat([torch.rand(1000) * 1e4, torch.tensor([448.0, 896.0, 57344.0, 0.0, 1e-44])])
-    scale = reference.scale_from_amax(amax, fp8_dtype, pow2=True)
+    scale = reference.scale_from_amax(amax, rule(fp8_dtype), pow2=True)
     exact = amax / reference.FP8_MAX[fp8_dtype]
     assert (scale.log2() == scale.log2().round()).all()
     assert (scale >= exact).all() and (scale / 2 < exact.clamp(min=2.0**-126)).all()
@@ -110,8 +112,8 @@ def test_pow2_scales_are_rounded_up(fp8_dtype):
 def test_e8m0_scales_are_the_pow2_scales():
     """The same value, stored as its biased exponent; non-finite becomes e8m0's NaN."""
     amax = torch.tensor([0.0, 1.0, 448.0, 449.0, 3e38, float("inf"), float("nan")])
-    e8m0 = reference.scale_from_amax(amax, torch.float8_e4m3fn, True, torch.float8_e8m0fnu)
-    fp32 = reference.scale_from_amax(amax, torch.float8_e4m3fn, True)
+    e8m0 = reference.scale_from_amax(amax, rule(torch.float8_e4m3fn), True, torch.float8_e8m0fnu)
+    fp32 = reference.scale_from_amax(amax, rule(torch.float8_e4m3fn), True)
     assert torch.equal(e8m0.float()[:5], fp32[:5]) and bits(e8m0)[5:].tolist() == [0xFF, 0xFF]
 
 
@@ -120,7 +122,9 @@ def test_bf16_scales_are_rounded_before_they_are_used():
     w = torch.randn(1, 16, 100)
     q, scale = reference.quantize(w, torch.float8_e4m3fn, 1, WHOLE, scale_dtype=torch.bfloat16)
     assert scale.dtype == torch.bfloat16
-    assert torch.equal(bits(q), bits(reference.cast(w, scale.float(), torch.float8_e4m3fn, 1, WHOLE)))
+    assert torch.equal(
+        bits(q), bits(reference.cast(w, scale.float(), torch.float8_e4m3fn, 1, WHOLE, rule(torch.float8_e4m3fn)))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -140,6 +144,69 @@ def test_rounding_to_bf16_first_changes_codes(std, share):
     exact, rounded = (reference.quantize(x, torch.float8_e4m3fn, 1, WHOLE)[0] for x in (w, w.bfloat16()))
     changed = (bits(exact) != bits(rounded)).float().mean().item()
     assert changed == pytest.approx(share, abs=0.001)
+
+
+def test_fnuz_formats_have_neither_a_negative_zero_nor_an_infinity():
+    """A NaN, and what arithmetic makes one, is 0x80; small negative values become the one zero."""
+    w = torch.tensor([[[0.0, -0.0, -1e-12, 1.0, float("nan")]], [[1.0, -2.0, 0.0, -0.0, float("inf")]]])
+    for fp8_dtype in reference.FNUZ:
+        q, scale = reference.quantize(w, fp8_dtype, 1, WHOLE, amax_in=torch.tensor([1.0, float("inf")])[:, None, None])
+        assert bits(q)[0, 0].tolist()[:4] == [0, 0, 0, 0x7F]
+        assert bits(q)[..., 4].tolist() == [[0x80], [0x80]] and bits(q)[1, 0].tolist()[:4] == [0, 0, 0, 0]
+        assert scale[0] == 1 / reference.FP8_MAX[fp8_dtype]
+
+
+# vLLM's rules, by formulas of their own; tests/gpu/test_vllm.py compares with vLLM's kernels.
+
+VLLM_BLOCKS = {"per_tensor": (WHOLE, WHOLE), "per_channel": (1, WHOLE), "per_block": (4, 8), "per_group": (1, 8)}
+VLLM_FLOORS = {"per_tensor": 0.0, "per_channel": 2.0**-9, "per_block": 1e-4, "per_group": 1e-10}  # of an amax
+
+
+def vllm(w, scheme):
+    return reference.quantize(w, torch.float8_e4m3fn, *VLLM_BLOCKS[scheme], numerics=1)
+
+
+@pytest.mark.parametrize("scheme", VLLM_BLOCKS)
+def test_vllms_scale_is_the_amax_over_448_with_a_floor(scheme):
+    """Above the floor within one rounding of ours, and ours exactly where vLLM divides; below it the floor's own."""
+    w = torch.randn(3, 16, 64).bfloat16()
+    _, scale = vllm(w, scheme)
+    _, exact = reference.quantize(w, torch.float8_e4m3fn, *VLLM_BLOCKS[scheme])
+    if scheme == "per_block":
+        assert ((scale - exact).abs() <= exact * 2**-23).all() and not torch.equal(scale, exact)
+    else:
+        assert torch.equal(scale, exact)
+    floor = torch.tensor(VLLM_FLOORS[scheme]) / 448
+    _, scale = vllm(w.float() * 1e-12, scheme)
+    below = torch.full_like(scale, floor) if scheme != "per_tensor" else w.float().abs().amax((1, 2)) * 1e-12 / 448
+    assert torch.allclose(scale.flatten(), below.flatten(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scheme", VLLM_BLOCKS)
+def test_vllm_divides_or_multiplies(scheme):
+    """per_channel and per_group have the codes of the division, the other two of the reciprocal, which are others."""
+    w = torch.randn(4096, 8, 8).bfloat16()
+    q, scale = vllm(w, scheme)
+    spread = reference._per_element(scale, w.shape, *VLLM_BLOCKS[scheme])
+    quotient = (w.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+    product = (w.float() * (1 / spread)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    # The scale of a block is rounded twice, so that its elements hardly ever meet a tie, where alone the two differ.
+    assert scheme == "per_block" or not torch.equal(bits(quotient), bits(product))
+    assert torch.equal(bits(q), bits(quotient if scheme in ("per_channel", "per_group") else product))
+
+
+def test_groups_whose_reciprocal_overflows_are_zeros():
+    """Where vLLM writes its largest code for everything: below an amax of 448 * 2^-128, zero included."""
+    w = torch.tensor([0.0, -1.0, 1.0])[None, None] * torch.tensor([0.0, 2.0**-130, 448 * 2.0**-127])[:, None, None]
+    q, scale = vllm(w, "per_tensor")
+    assert bits(q[:2]).flatten().tolist() == [0, 0x80, 0, 0, 0x80, 0] and scale[0] == 0
+    assert q[2].flatten().tolist() == [0, -448, 448]
+
+
+def test_vllm_leaves_the_last_code_of_amds_format_unused():
+    """Its bound there is 224."""
+    q, scale = reference.quantize(torch.tensor([[[3.5, -1.0]]]), torch.float8_e4m3fnuz, 1, WHOLE, numerics=1)
+    assert scale.item() == 3.5 / 224 and q.tolist() == [[[224.0, -64.0]]]
 
 
 def test_division_is_not_multiplication_by_the_reciprocal():

@@ -17,7 +17,7 @@ from fp8_kernels import reference, triton_kernels  # noqa: E402
 from fp8_kernels.schemes import SCHEMES, WHOLE, grid  # noqa: E402
 
 HERE = Path(__file__)
-E4M3, E5M2 = reference.FP8_MAX
+E4M3, E5M2, *FNUZ = reference.FP8_MAX
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
 
 # Every architecture that is named to users, and one (Ampere) that has no FP8 conversions.
@@ -41,11 +41,13 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def quantize(w, block_n, block_k, fp8_dtype=E4M3, scale_dtype=torch.float32, amax=False, pow2=False, q=None):
+def quantize(
+    w, block_n, block_k, fp8_dtype=E4M3, scale_dtype=torch.float32, amax=False, pow2=False, q=None, numerics=0
+):
     groups = w.shape[0], *grid(*w.shape[1:], block_n, block_k)
     found = empty(*groups, dtype=torch.float32) if amax else None
     q = empty(*w.shape, dtype=fp8_dtype) if q is None else q
-    triton_kernels.quantize_out(w, found, q, empty(*groups, dtype=scale_dtype), block_n, block_k, pow2)
+    triton_kernels.quantize_out(w, found, q, empty(*groups, dtype=scale_dtype), block_n, block_k, pow2, numerics)
 
 
 def dequantize(q, dtype, block_n, block_k, scale_dtype=torch.float32):
@@ -98,6 +100,8 @@ VARIANTS = {
     "per_block bf16 scale": lambda: quantize(empty(1, 576, 1536), 128, 128, scale_dtype=torch.bfloat16),
     "per_group pow2": lambda: quantize(empty(1, 512, 2048), 1, 128, pow2=True),
     "mxfp8": lambda: quantize(empty(1, 512, 2048), 1, 32, scale_dtype=torch.float8_e8m0fnu, pow2=True),
+    "per_tensor vllm": lambda: quantize(empty(2, 512, 2048), WHOLE, WHOLE, numerics=1),
+    "per_block vllm": lambda: quantize(empty(1, 576, 1536), 128, 128, numerics=1),
     "transposed": lambda: quantize(empty(1, 2048, 512).mT, 16, 16, q=empty(1, 512, 2048, dtype=E5M2)),
     "beyond 2^31": lambda: quantize(empty(1, 70000, 40000), WHOLE, WHOLE),
     "amax": lambda: amax(empty(2, 512, 2048), WHOLE, WHOLE, True),
@@ -150,6 +154,11 @@ def test_compiles_for_amd(launches, monkeypatch):
     monkeypatch.setattr(triton_kernels, "_converts_fp8", lambda device: False)
     for variant in ("per_tensor", "per_channel", "per_block", "mxfp8", "amax fp32", "dequantize"):
         VARIANTS[variant]()
+    for fp8_dtype in FNUZ:
+        quantize(empty(1, 512, 2048), 1, WHOLE, fp8_dtype)
+        quantize(empty(2, 512, 2048), WHOLE, WHOLE, fp8_dtype)
+        dequantize(empty(1, 512, 2048, dtype=fp8_dtype), torch.bfloat16, 128, 128)
+    quantize(empty(1, 512, 2048), 128, 128, FNUZ[0], numerics=1)
     for kernel, _, args, constants in launches:
         assert compile_launch(kernel, args, constants, GPUTarget("hip", "gfx942", 64)).asm["hsaco"]
 

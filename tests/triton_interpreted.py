@@ -28,7 +28,8 @@ from fp8_kernels.schemes import WHOLE, grid  # noqa: E402
 from fp8_kernels.testing import assert_same_bits  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FP8 = tuple(reference.FP8_MAX)
+ALL_FP8 = tuple(reference.FP8_MAX)
+FP8 = ALL_FP8[:2]
 # The schemes; edges that are partial everywhere; tall groups; a group larger than the weight.
 BLOCKS = [(WHOLE, WHOLE), (1, WHOLE), (128, 128), (1, 128), (1, 32), (3, 5), (WHOLE, 4), (2, WHOLE), (1, 1), (64, 999)]
 NAN, INF = float("nan"), float("inf")
@@ -67,11 +68,14 @@ def faithful_interpreter(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
-def check_quantize(w, fp8_dtype, block_n, block_k, pow2=False, scale_dtype=torch.float32, amax=None, q=None):
-    wanted_q, wanted_scale = reference.quantize(w, fp8_dtype, block_n, block_k, pow2, scale_dtype, amax)
+def check_quantize(
+    w, fp8_dtype, block_n, block_k, pow2=False, scale_dtype=torch.float32, amax=None, q=None, numerics=0
+):
+    arguments = (block_n, block_k, pow2, scale_dtype, amax, numerics)
+    wanted_q, wanted_scale = reference.quantize(w, fp8_dtype, *arguments)
     q = torch.empty(w.shape, dtype=fp8_dtype) if q is None else q
     scale = torch.empty_like(wanted_scale)
-    triton_kernels.quantize_out(w, amax, q, scale, block_n, block_k, pow2)
+    triton_kernels.quantize_out(w, amax, q, scale, block_n, block_k, pow2, numerics)
     assert_same_bits(scale, wanted_scale, "scale")
     assert_same_bits(q, wanted_q, "q")
 
@@ -217,6 +221,17 @@ def test_shapes(shape, block_n, block_k):
     check_dequantize(q, scale, torch.bfloat16, block_n, block_k)
 
 
+@pytest.mark.parametrize("block_n, block_k", [(WHOLE, WHOLE), (1, WHOLE), (1, 32), (16, 32)])
+@pytest.mark.parametrize("fp8_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz])
+def test_numerics_of_vllm(block_n, block_k, fp8_dtype):
+    """Each rule that it has, with zeros, values below each of its floors, and NaN and Inf."""
+    w = weight(2, 40, 96)
+    for factor, dtype in [(1, torch.bfloat16), (1e-9, torch.float32), (1e-36, torch.bfloat16), (0, torch.float32)]:
+        check_quantize((w.float() * factor).to(dtype), fp8_dtype, block_n, block_k, numerics=1)
+    w[0, 3, 7], w[1, 2, 5] = NAN, INF
+    check_quantize(w, fp8_dtype, block_n, block_k, numerics=1)
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 7), (0, 5, 7), (2, 5, 0), (2, 0, 0)])
 @pytest.mark.parametrize("block_n, block_k", BLOCKS)
 def test_no_elements(shape, block_n, block_k):
@@ -225,8 +240,8 @@ def test_no_elements(shape, block_n, block_k):
     check_amax(w, block_n, block_k)
     groups = torch.zeros(shape[0], *grid(*shape[1:], block_n, block_k))
     scale = torch.empty_like(groups)
-    triton_kernels.quantize_out(w, None, torch.empty(shape, dtype=FP8[0]), scale, block_n, block_k, False)
-    assert_same_bits(scale, reference.scale_from_amax(groups, FP8[0], False), "scale")
+    triton_kernels.quantize_out(w, None, torch.empty(shape, dtype=FP8[0]), scale, block_n, block_k, False, 0)
+    assert_same_bits(scale, reference.scale_from_amax(groups, reference.rule(FP8[0]), False), "scale")
     triton_kernels.dequantize_out(torch.empty(shape, dtype=FP8[0]), scale, w, block_n, block_k)
 
 
@@ -279,7 +294,7 @@ def test_nothing_is_written_beside_the_output(block_n, block_k, offset):
         scales = torch.full((2, 30, 100), -7.0)
         q = buffer.mT[:, offset : offset + 45, 3:12].mT if transposed else buffer[:, 3:12, offset : offset + 45]
         scale = scales[:, 5 : 5 + wanted_scale.shape[1], 1 : 1 + 3 * wanted_scale.shape[2] : 3]
-        triton_kernels.quantize_out(w, None, q.view(torch.float8_e4m3fn), scale, block_n, block_k, False)
+        triton_kernels.quantize_out(w, None, q.view(torch.float8_e4m3fn), scale, block_n, block_k, False, 0)
         assert_same_bits(q.view(torch.float8_e4m3fn), wanted_q, "q")
         assert_same_bits(scale, wanted_scale, "scale")
         q.fill_(0xA5)
@@ -311,20 +326,24 @@ def test_offsets_beyond_32_bits(dimension):
 
 
 @triton.jit
-def _encode_kernel(x, code, n: tl.constexpr, FP8_MAX: tl.constexpr):
+def _encode_kernel(x, code, n: tl.constexpr, FP8_MAX: tl.constexpr, FNUZ: tl.constexpr):
     i = tl.arange(0, n)
-    tl.store(code + i, triton_kernels._encode(tl.load(x + i), FP8_MAX, False))
+    tl.store(code + i, triton_kernels._encode(tl.load(x + i), FP8_MAX, FNUZ, False))
 
 
 @triton.jit
 def _divide_kernel(x, scale, out, n: tl.constexpr, BOUNDED: tl.constexpr):
     i = tl.arange(0, n)
-    tl.store(out + i, triton_kernels._divide(tl.load(x + i), tl.load(scale + i), BOUNDED))
+    tl.store(out + i, triton_kernels._divide(tl.load(x + i), tl.load(scale + i), False, BOUNDED))
 
 
-@pytest.mark.parametrize("fp8_dtype", FP8)
-def test_integer_encoding_equals_clamp_and_cast(fp8_dtype):
+@pytest.mark.parametrize("numerics", [0, 1])
+@pytest.mark.parametrize("fp8_dtype", ALL_FP8)
+def test_integer_encoding_equals_clamp_and_cast(fp8_dtype, numerics):
     """For every bf16, every fp8 value with its neighbours in fp32, every tie, and random fp32 bits."""
+    rule = reference.rule(fp8_dtype, numerics)
+    if numerics and rule.fp8_max == reference.FP8_MAX[fp8_dtype]:
+        return  # the same once more
     every_bf16 = torch.arange(1 << 16, dtype=torch.int32) << 16
     values = torch.arange(256, dtype=torch.uint8).view(fp8_dtype).float()
     ties = (values[1:] + values[:-1]) / 2
@@ -333,8 +352,8 @@ def test_integer_encoding_equals_clamp_and_cast(fp8_dtype):
         x = pattern.int()
         x = torch.cat([x, x.new_zeros((1 << 16) - len(x))]).view(torch.float32)
         code = torch.empty(1 << 16, dtype=torch.uint8)
-        _encode_kernel[(1,)](x, code, 1 << 16, reference.FP8_MAX[fp8_dtype])
-        wanted = reference.cast(x[None, None], torch.ones(1, 1, 1), fp8_dtype, 1, WHOLE)[0, 0]
+        _encode_kernel[(1,)](x, code, 1 << 16, rule.fp8_max, fp8_dtype in reference.FNUZ)
+        wanted = reference.cast(x[None, None], torch.ones(1, 1, 1), fp8_dtype, 1, WHOLE, rule)[0, 0]
         assert_same_bits(code, wanted.view(torch.uint8), "code")
 
 

@@ -149,7 +149,7 @@ def test_opcheck():
     torch.library.opcheck(ops.amax_out.default, (w, scale.clone(), 1, -1, False), test_utils=("test_schema", *names))
     torch.library.opcheck(ops.dequantize_out.default, (q, scale, torch.empty_like(w), 1, -1), test_utils=names)
     for amax in (None, scale.clone()):
-        torch.library.opcheck(ops.quantize_out.default, (w, amax, q, scale, 1, -1, False), test_utils=names)
+        torch.library.opcheck(ops.quantize_out.default, (w, amax, q, scale, 1, -1, False, 0), test_utils=names)
 
 
 def test_the_ops_refuse_what_they_would_read_or_write_out_of_bounds():
@@ -164,14 +164,14 @@ def test_the_ops_refuse_what_they_would_read_or_write_out_of_bounds():
     )
     good = scale.cuda()
     for arguments, message in [
-        ((w, None, q, scale, 1, -1, False), "`scale` must be on the CUDA device"),
-        ((w, None, q[:, :3], good, 1, -1, False), r"`q` must have shape \[1, 4, 8\]"),
-        ((w, None, q, good[:, :2], 1, -1, False), r"`scale` must have shape \[1, 4, 1\]"),
-        ((w, good.half(), q, good, 1, -1, False), "`amax` must be float32"),
-        ((w.int(), None, q, good, 1, -1, False), "`w` must be float32, float16 or bfloat16"),
-        ((w, None, w, good, 1, -1, False), "`q` must be float8_e4m3fn or float8_e5m2"),
-        ((w, None, q, good.half(), 1, -1, False), "`scale` must be float32, bfloat16 or float8_e8m0fnu"),
-        ((w, None, q, good, 0, -1, False), "block sizes must be positive or -1, got 0 and -1"),
+        ((w, None, q, scale, 1, -1, False, 0), "`scale` must be on the CUDA device"),
+        ((w, None, q[:, :3], good, 1, -1, False, 0), r"`q` must have shape \[1, 4, 8\]"),
+        ((w, None, q, good[:, :2], 1, -1, False, 0), r"`scale` must have shape \[1, 4, 1\]"),
+        ((w, good.half(), q, good, 1, -1, False, 0), "`amax` must be float32"),
+        ((w.int(), None, q, good, 1, -1, False, 0), "`w` must be float32, float16 or bfloat16"),
+        ((w, None, w, good, 1, -1, False, 0), "`q` must be float8_e4m3fn or float8_e5m2"),
+        ((w, None, q, good.half(), 1, -1, False, 0), "`scale` must be float32, bfloat16 or float8_e8m0fnu"),
+        ((w, None, q, good, 0, -1, False, 0), "block sizes must be positive or -1, got 0 and -1"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
