@@ -13,7 +13,7 @@ import torch
 
 from ..errors import LoadError
 from ..ops import quantize
-from ..reference import cast
+from ..reference import FP8_MAX, cast, dequantize
 from ..schemes import WHOLE, Scheme
 from .coverage import Coverage
 from .plan import Entry
@@ -138,6 +138,7 @@ class Unit:
                 groups = slice(None) if block_n == WHOLE else slice(start // align, -(-end // align))
                 codes = cast(values[None, start:end], scale[None, groups], q.dtype, block_n, block_k)[0]
                 differ = codes.view(torch.uint8) != q[start:end].view(torch.uint8)
+                differ |= _exceeds(values[None, start:end], scale[None, groups], q.dtype, block_n, block_k)[0]
                 first, last = max(row0, start) - start, min(row1, end) - start
                 differ = differ[first:last, col0:col1]
                 if mask is not None:
@@ -151,6 +152,15 @@ class Unit:
         if self.scheme and (num_rows, num_cols) != self.shape:
             self.buffer[num_rows:].zero_()
             self.buffer[:, num_cols:].zero_()
+
+
+def _exceeds(values, scale, fp8_dtype, block_n, block_k):
+    """Bool, the shape of `values`: is it more than the largest value that this scale was made for?
+
+    The cast saturates, so the code alone does not tell; a part in a million is left to the rounding of the scale.
+    """
+    largest = torch.full_like(values, FP8_MAX[fp8_dtype], dtype=fp8_dtype)
+    return values.float().abs() > dequantize(largest, scale, torch.float32, block_n, block_k) * (1 + 2**-20)
 
 
 class Tracked:

@@ -240,6 +240,10 @@ def late_second_pass(scheme):
         yield Draft(f"equal_{variant}", shapes, Load([*steps, Write("fc.weight", w, how)], holds))
         refused = Refused("conflict", ("fc.weight",), restored=True)
         yield Draft(f"other_{variant}", shapes, Load([*steps, Write("fc.weight", wrong, how)], refused=refused))
+    # Cast with the scales of the first, the second has the same codes: the cast saturates.
+    ones = Write("fc.weight", torch.ones(130, 260).bfloat16())
+    twos = Write("fc.weight", torch.full((130, 260), 2.0).bfloat16())
+    yield Draft("other_twice_as_large", shapes, Load([ones, steps[1], twos], refused=refused))
     where = torch.tensor([1, 5])
     changes = {
         "mul_": lambda p, s: p.data.mul_(2),
