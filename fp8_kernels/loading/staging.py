@@ -13,7 +13,7 @@ import torch
 
 from ..errors import LoadError
 from ..ops import quantize
-from ..reference import FP8_MAX, cast, dequantize
+from ..reference import FP8_MAX, cast, dequantize, rule
 from ..schemes import WHOLE, Scheme
 from .coverage import Coverage
 from .plan import Entry
@@ -125,8 +125,9 @@ class Unit:
             values: `[N, K]`, of which only the elements in `boxes` count, or those where `mask` is true.
         """
         num_rows, num_cols = self.shape
-        block_n, block_k = self.scheme.block
+        block_n, block_k, _, numerics = self.scheme.quantize_args
         q, scale = self.tracked.destination(self.number, self._staging.device)
+        used = rule(q.dtype, numerics, block_n, block_k)
         scale = scale[None, None] if scale.ndim == 0 else scale
         logical_rows, logical_cols = self.tracked.unit_logical
         for row0, row1, col0, col1 in [(0, num_rows, 0, num_cols)] if boxes is None else boxes:
@@ -136,7 +137,7 @@ class Unit:
             for start in range(row0 // align * align, row1, step):
                 end = min(start + step, num_rows)
                 groups = slice(None) if block_n == WHOLE else slice(start // align, -(-end // align))
-                codes = cast(values[None, start:end], scale[None, groups], q.dtype, block_n, block_k)[0]
+                codes = cast(values[None, start:end], scale[None, groups], q.dtype, block_n, block_k, used)[0]
                 differ = codes.view(torch.uint8) != q[start:end].view(torch.uint8)
                 differ |= _exceeds(values[None, start:end], scale[None, groups], q.dtype, block_n, block_k)[0]
                 first, last = max(row0, start) - start, min(row1, end) - start
