@@ -6,6 +6,9 @@ after, with its class and attributes. So results are exchanged beneath the objec
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import traceback
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +16,7 @@ import torch
 from ..errors import LoadError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+_OUR_FRAMES = {"fp8_kernels", "torch"}
 COMMIT_BYTES = 16 << 20  # of values that are under way while two tensors change places
 
 
@@ -157,6 +161,23 @@ def view_of(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
     """The tensor that is of this storage what `like` is of its own."""
     view = torch.empty(0, dtype=like.dtype, device=like.device)
     return view.set_(storage, like.storage_offset(), like.shape, like.stride())
+
+
+def forget_frames(error: BaseException | None):
+    """Let go of what the frames of an exception hold, so that device memory returns while the exception is kept.
+
+    Debuggers, notebooks and test runners keep the last exception, and with its frames every buffer that a failed
+    load was working on. Only frames that ended are cleared, and only ours and torch's.
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            package = frame.f_globals.get("__name__", "").partition(".")[0]
+            if package in _OUR_FRAMES and not frame.f_code.co_flags & inspect.CO_GENERATOR:
+                with contextlib.suppress(RuntimeError):  # it still runs
+                    frame.clear()
+        error = error.__cause__ or error.__context__
 
 
 def _registries(module):

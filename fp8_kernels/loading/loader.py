@@ -9,7 +9,7 @@ import torch
 
 from ..schemes import Scheme, scheme_name
 from .copy_counter import CopyCounter
-from .install import Snapshot
+from .install import Snapshot, forget_frames
 from .plan import Plan, make_plan
 from .reload import Reload, check_not_poisoned
 from .report import Report
@@ -127,8 +127,8 @@ class LayerwiseLoader:
             self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
             self._session = Session(self.model, self.plan, Staging(self.device), self.report, self._hooks, self._reload)
             self._session.start()
-        except BaseException:
-            self._roll_back()
+        except BaseException as failure:
+            self._roll_back(failure)
             raise
         return self
 
@@ -137,11 +137,11 @@ class LayerwiseLoader:
         try:
             if error is None:
                 self._session.finish(self._snapshot)
-        except BaseException:
-            self._roll_back()
+        except BaseException as failure:
+            self._roll_back(failure)
             raise
         if error is not None:
-            self._roll_back()
+            self._roll_back(error)
         else:
             self._let_go()
 
@@ -152,6 +152,16 @@ class LayerwiseLoader:
             raise RuntimeError("the loader's context must be entered before a worker's")
         with CopyCounter(self._session.writes):
             yield self
+
+    def fill_dummy(self, seed: int = 0):
+        """Give everything that has not arrived generated values, for measurements without a checkpoint.
+
+        The same plan, units, kernels and memory as a real load. Weights are uniform within `+-1 / sqrt(K)`, vectors 1,
+        biases and integers 0; the same seed gives the same values on the same kind of device.
+        """
+        if self._session is None:
+            raise RuntimeError("the loader's context must be entered before the model is filled")
+        self._session.fill_dummy(seed)
 
     def _make_plan(self):
         """The plan, and for a reload the state of the model that it is about."""
@@ -164,11 +174,12 @@ class LayerwiseLoader:
         plan.check_loadable()
         return plan, reload
 
-    def _roll_back(self):
+    def _roll_back(self, error):
         self._snapshot.restore()
         if self._reload is not None and self._session is not None:
             self._reload.poison(self._session.changed())
         self._let_go()
+        forget_frames(error)
 
     def _let_go(self):
         """Drop every buffer and every reference into the model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,6 +87,12 @@ class Session:
     def close(self):
         """Let go of every buffer and of the model, also where something still refers to this session."""
         self.stop()
+        if self.writes is not None:
+            self.writes.error = None  # its frames hold buffers
+        for tracked in self.tracked:  # which refer to their units, and these to them
+            for unit in tracked.units:
+                unit.buffer = None
+            tracked.units, tracked.q, tracked.scale, tracked.handle = [], None, None, None
         self.writes = self._staging = self._hooks = self.model = None
         self.tracked, self._at, self._waiting = [], {}, {}
 
@@ -114,6 +121,16 @@ class Session:
             real.zero_()
         for t in entry.tensors:
             exchange(t, real, t.requires_grad)
+
+    def fill_dummy(self, seed: int):
+        """Write generated values to everything that has not arrived, unit by unit, as an engine's loader would."""
+        for tracked in self.tracked:
+            shape, logical = tracked.handle.shape, tracked.entry.logical
+            target = tracked.handle[tuple(slice(size) for size in logical)] if logical != shape else tracked.handle
+            units = [target] if tracked.entry.scheme is None or target.ndim == 2 else list(target)
+            for unit, part in zip(tracked.units, units, strict=True):
+                if not unit.final and not unit.coverage.complete:
+                    _generate(part, str(unit), seed)
 
     # While the engine loads.
 
@@ -263,3 +280,15 @@ class Session:
         phases = report.seconds_by_phase
         phases["load"] = started - self._started - quantizing
         phases["finish"] = now - started - (phases.get("quantize", 0.0) - quantizing)
+
+
+def _generate(t, name, seed):
+    """Values that a model computes with and stays finite: small weights, norms of 1, biases of 0."""
+    if not t.is_floating_point() or t.element_size() == 1 or name.endswith("bias"):
+        t.zero_()
+    elif t.ndim < 2:
+        t.fill_(1)
+    else:
+        generator = torch.Generator(t.device if not t.is_meta else "cpu")
+        bound = t.size(-1) ** -0.5 if t.numel() else 0.0
+        t.uniform_(-bound, bound, generator=generator.manual_seed(seed ^ zlib.crc32(name.encode())))
