@@ -27,6 +27,11 @@ struct AmaxParams {
   bool accumulate;
 };
 
+struct CopyAmaxParams {
+  Grouping grouping;
+  View w, out, amax;
+};
+
 struct DequantizeParams {
   Grouping grouping;
   View q, scale, w;
@@ -61,6 +66,9 @@ void launch_amax_partials(const AmaxParams& params, Split split, uint32_t* parti
 
 // The maxima over each group's entries of `partials`, into params.amax.
 void launch_amax_finish(const AmaxParams& params, Split split, const uint32_t* partials, cudaStream_t stream);
+
+// One launch; the groups' amaxes are raised, not set.
+void launch_copy_amax(const CopyAmaxParams& params, InputType type, bool aligned, cudaStream_t stream);
 
 void launch_dequantize(const DequantizeParams& params, InputType output_type, bool aligned, cudaStream_t stream);
 

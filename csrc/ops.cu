@@ -244,6 +244,34 @@ void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t bloc
   launch_amax_finish(p, split, data, stream);
 }
 
+void quantize_many_out(const std::vector<Tensor>& w, const std::vector<Tensor>& q, const std::vector<Tensor>& scale,
+                       int64_t block_n, int64_t block_k, bool pow2, int64_t numerics) {
+  STD_TORCH_CHECK(q.size() == w.size() && scale.size() == w.size(), "`q` and `scale` must have the length of `w`, ",
+                  w.size(), ", got ", q.size(), " and ", scale.size());
+  for (size_t i = 0; i < w.size(); ++i) {
+    quantize_out(w[i], std::nullopt, q[i], scale[i], block_n, block_k, pow2, numerics);
+  }
+}
+
+void copy_amax_out(const Tensor& w, const Tensor& out, const Tensor& amax, int64_t block_n, int64_t block_k) {
+  CopyAmaxParams p = {};
+  p.grouping = make_grouping(w, block_n, block_k);
+  Grouping& g = p.grouping;
+  const int64_t grid_n = num_blocks(g.num_rows, block_n), grid_k = num_blocks(g.num_cols, block_k);
+  p.w = view("w", w, g.num_units, g.num_rows, g.num_cols, w);
+  p.out = view("out", out, g.num_units, g.num_rows, g.num_cols, w);
+  p.amax = view("amax", amax, g.num_units, grid_n, grid_k, w, has_grid(block_n, block_k));
+  const InputType type = input_type("w", w);
+  STD_TORCH_CHECK(scalar_type(out) == scalar_type(w), "`out` must have the dtype of `w`");
+  check_amax_type(amax);
+  if (g.num_units * g.num_rows * g.num_cols == 0) return;
+  if (block_n == kWhole && block_k == kWhole && rows_adjoin(p.w, g) && rows_adjoin(p.out, g)) join_rows(g);
+  const bool aligned = is_aligned(p.w, g, w.element_size()) && is_aligned(p.out, g, w.element_size());
+
+  const DeviceGuard guard(w.get_device_index());
+  launch_copy_amax(p, type, aligned, current_stream(w));
+}
+
 void dequantize_out(const Tensor& q, const Tensor& scale, const Tensor& w, int64_t block_n, int64_t block_k) {
   DequantizeParams p = {};
   p.grouping = make_grouping(q, block_n, block_k);

@@ -21,7 +21,7 @@ from .errors import (
 from .load import load_checkpoint, load_model
 from .loading import LayerwiseLoader, Plan, Report, make_plan
 from .modules import Fp8Experts, Fp8Linear, make_runnable
-from .ops import amax, dequantize, quantize
+from .ops import amax, copy_amax, dequantize, quantize, quantize_many
 from .schemes import PerBlock, PerChannel, PerGroup, PerTensor, Scheme, mxfp8
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "UnsupportedLayoutError",
     "amax",
     "available_backends",
+    "copy_amax",
     "dequantize",
     "load_checkpoint",
     "load_model",
@@ -57,6 +58,7 @@ __all__ = [
     "quantization_config",
     "quantize",
     "quantize_checkpoint",
+    "quantize_many",
     "quantize_weights",
     "verify_checkpoint",
 ]

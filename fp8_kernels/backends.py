@@ -22,6 +22,9 @@ SCHEMAS = {
     "quantize_out": "(Tensor w, Tensor? amax, Tensor(a!) q, Tensor(b!) scale, int block_n, int block_k, bool pow2, "
     "int numerics)",
     "amax_out": "(Tensor w, Tensor(a!) amax, int block_n, int block_k, bool accumulate)",
+    "quantize_many_out": "(Tensor[] w, Tensor(a!)[] q, Tensor(b!)[] scale, int block_n, int block_k, bool pow2, "
+    "int numerics)",
+    "copy_amax_out": "(Tensor w, Tensor(a!) out, Tensor(b!) amax, int block_n, int block_k)",
     "dequantize_out": "(Tensor q, Tensor scale, Tensor(a!) w, int block_n, int block_k)",
 }
 
@@ -59,7 +62,9 @@ def _python_op(backend, name):
 
 
 def _as_units(t):
-    """`[N, K]` as `[1, N, K]`, one scale a unit as a grid of one; what is no tensor as it is."""
+    """`[N, K]` as `[1, N, K]`, one scale a unit as a grid of one, in lists too; what is no tensor as it is."""
+    if isinstance(t, list):
+        return list(map(_as_units, t))
     if not isinstance(t, torch.Tensor):
         return t
     if t.ndim in (0, 2):

@@ -1,9 +1,11 @@
-"""quantize, amax, dequantize: the public ops. They check, allocate, and call the registered ones (`backends`).
+"""The public ops: they check, allocate, and call the registered ones (`backends`).
 
 Which backend serves a call is decided by the tensor, see `backends`; `backend=` overrides per call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -57,12 +59,7 @@ def quantize(
     direct = backend is None and _is_direct(w, scheme, out)
     if not direct:
         _check_quantize(w, scheme, dtype, out, amax)
-    if out is None:
-        q = torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
-        scale_dtype = _BYTES.get(scheme.scale_dtype, scheme.scale_dtype)
-        scale = torch.empty(scheme.scale_shape(w.shape), dtype=scale_dtype, device=w.device)
-    else:
-        q, scale = out
+    q, scale = _empty_outputs(w, scheme, dtype) if out is None else out
     if direct:
         try:
             _quantize_out(w, amax, q, scale, *scheme.quantize_args)
@@ -73,7 +70,7 @@ def quantize(
     op = backends.op("quantize_out", backend, w.device)
     for w_, amax_, q_, scale_ in _batches(w.ndim - 3, w, amax, q, _as_bytes(scale)):
         op(w_, amax_, q_, scale_, *scheme.quantize_args)
-    return q, (scale if scale.dtype == scheme.scale_dtype else scale.view(scheme.scale_dtype))
+    return q, _typed(scale, scheme)
 
 
 def amax(
@@ -111,6 +108,83 @@ def amax(
     op = backends.op("amax_out", backend, w.device)
     for w_, out_ in _batches(w.ndim - 3, w, out):
         op(w_, out_, *scheme.block, accumulate)
+    return out
+
+
+def quantize_many(
+    weights: Sequence[torch.Tensor],
+    scheme: str | Scheme = "per_channel",
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    out: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    numerics: str | None = None,
+    backend: str | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`quantize` of several weights in one call of the op, for models with many small layers.
+
+    Args:
+        weights: bf16, fp16 or fp32, each `[N, K]` or `[E, N, K]` of its own shape and dtype, all on one device.
+        scheme, dtype, numerics, backend: as for `quantize`, the same for all.
+        out: a `(q, scale)` for each weight, as for `quantize`; no two may overlap.
+
+    Returns:
+        A `(q, scale)` for each weight, the bits of `quantize`; `out`'s own where it was given.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `quantize`, of any of the weights; nothing has been written.
+    """
+    scheme = as_scheme(scheme) if numerics is None else with_numerics(scheme, numerics)
+    weights = list(weights)
+    given = [None] * len(weights) if out is None else list(out)
+    if len(given) != len(weights):
+        raise ValueError(f"`out` must have the length of `weights`, {len(weights)}, got {len(given)}")
+    for i, (w, pair) in enumerate(zip(weights, given, strict=True)):
+        _check_quantize(w, scheme, dtype, pair, None, f"weights[{i}]", f"out[{i}]")
+        if w.ndim > 3:
+            raise ValueError(f"`weights[{i}]` must be [N, K] or [E, N, K], got shape {tuple(w.shape)}")
+        if w.device != weights[0].device:
+            raise ValueError(f"`weights[{i}]` must be on {weights[0].device}, got {w.device}")
+    if not weights:
+        return []
+    pairs = [_empty_outputs(w, scheme, dtype) if pair is None else pair for w, pair in zip(weights, given, strict=True)]
+    op = backends.op("quantize_many_out", backend, weights[0].device)
+    op(weights, [q for q, _ in pairs], [_as_bytes(scale) for _, scale in pairs], *scheme.quantize_args)
+    return [(q, _typed(scale, scheme)) for q, scale in pairs]
+
+
+def copy_amax(
+    w: torch.Tensor,
+    out: torch.Tensor,
+    amax: torch.Tensor,
+    scheme: str | Scheme = "per_tensor",
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Copy a shard that is already on the device into its place, and raise `amax` to its groups' maxima: one read.
+
+    What `out.copy_(w)` and `amax(w, scheme, out=amax, accumulate=True)` do; then `quantize(out, amax=amax)` is only a
+    cast.
+
+    Args:
+        w: as for `quantize`.
+        out: the shape, dtype and device of `w`, of any strides; must not overlap it.
+        amax: fp32, `scheme.scale_shape(w.shape)`: zeros, or what these ops wrote.
+        scheme: a scheme or its name.
+        backend: as for `quantize`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `quantize`.
+    """
+    scheme = as_scheme(scheme)
+    _check_weight("w", w)
+    _check_tensor("out", out, w.shape, (w.dtype,), w.device)
+    _check_tensor("amax", amax, scheme.scale_shape(w.shape), (torch.float32,), w.device)
+    op = backends.op("copy_amax_out", backend, w.device)
+    for w_, out_, amax_ in _batches(w.ndim - 3, w, out, amax):
+        op(w_, out_, amax_, *scheme.block)
     return out
 
 
@@ -190,6 +264,16 @@ def _is_direct(w, scheme, out):
     )
 
 
+def _empty_outputs(w, scheme, dtype):
+    q = torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
+    scale_dtype = _BYTES.get(scheme.scale_dtype, scheme.scale_dtype)
+    return q, torch.empty(scheme.scale_shape(w.shape), dtype=scale_dtype, device=w.device)
+
+
+def _typed(scale, scheme):
+    return scale if scale.dtype == scheme.scale_dtype else scale.view(scheme.scale_dtype)
+
+
 def _as_bytes(scale):
     return scale.view(_BYTES[scale.dtype]) if scale.dtype in _BYTES else scale
 
@@ -206,15 +290,15 @@ def _batches(levels, *tensors):
 # Checks.
 
 
-def _check_quantize(w, scheme, dtype, out, amax):
-    _check_weight("w", w)
+def _check_quantize(w, scheme, dtype, out, amax, name="w", out_name="out"):
+    _check_weight(name, w)
     shape = scheme.scale_shape(w.shape)
     if out is None:
         _check_dtype("dtype", dtype, FP8_DTYPES)
     else:
-        _check_tensor("out[0]", out[0], w.shape, FP8_DTYPES, w.device)
+        _check_tensor(f"{out_name}[0]", out[0], w.shape, FP8_DTYPES, w.device)
         dtype = out[0].dtype
-        _check_tensor("out[1]", out[1], shape, (scheme.scale_dtype,), w.device)
+        _check_tensor(f"{out_name}[1]", out[1], shape, (scheme.scale_dtype,), w.device)
     if amax is not None:
         _check_tensor("amax", amax, shape, (torch.float32,), w.device)
     if scheme.numerics == "vllm" and dtype not in VLLM_DTYPES:

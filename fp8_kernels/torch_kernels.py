@@ -35,6 +35,18 @@ def amax_out(w, amax, block_n, block_k, accumulate):
         amax[unit, groups].copy_(reference.canonical_nan(amax[unit, groups].maximum(chunk)))
 
 
+def quantize_many_out(w, q, scale, *args):
+    """Write codes and scales of each weight; see `ops.quantize_many`."""
+    for w_, q_, scale_ in zip(w, q, scale, strict=True):
+        quantize_out(w_, None, q_, scale_, *args)
+
+
+def copy_amax_out(w, out, amax, block_n, block_k):
+    """Copy `w` and raise the amax of each group to its maximum; see `ops.copy_amax`."""
+    out.copy_(w)
+    amax_out(w, amax, block_n, block_k, accumulate=True)
+
+
 def dequantize_out(q, scale, w, block_n, block_k):
     """Write `q * scale`; see `ops.dequantize`."""
     scale = _typed(scale)

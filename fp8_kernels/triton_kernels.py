@@ -288,6 +288,24 @@ def _amax_kernel(
     tl.store(pointers, value, mask=mask)
 
 
+@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES)
+def _copy_amax_kernel(
+    w, out, amax,
+    num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
+    w_stride_e, w_stride_n, w_stride_k, o_stride_e, o_stride_n, o_stride_k, a_stride_e, a_stride_n, a_stride_k,
+    R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Copy a piece, and raise the amaxes, here int32: an atomic maximum of bit patterns, the same in any order."""
+    unit, group_n, group_k, piece = _program(split, tiles_n, tiles_k, R, G, SHARED)
+    dims = (num_rows, num_cols, block_n, block_k, pieces_k)
+    row, col, mask = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
+    x = tl.load(w + unit * w_stride_e + row * w_stride_n + col * w_stride_k, mask=mask, other=0.0)
+    tl.store(out + unit * o_stride_e + row * o_stride_n + col * o_stride_k, x, mask=mask)
+    value = _bits(_from_abs_bits(_group_max(_abs_bits(x), SHARED), w.dtype.element_ty))
+    row, col, mask = _groups(group_n, group_k, grid_n, grid_k, R, G, SHARED)
+    tl.atomic_max(amax + unit * a_stride_e + row * a_stride_n + col * a_stride_k, value, mask=mask, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES + _SCALE_STRIDES + ["num_partials"])
 def _quantize_kernel(
     w, amax, q, scale,
@@ -500,6 +518,24 @@ def amax_out(w, amax, block_n, block_k, accumulate):
         amax_out(partials, amax, 1, num_partials, accumulate)
     else:
         _launch_amax(w, amax, tiling, 1, accumulate)
+
+
+def quantize_many_out(w, q, scale, *args):
+    """Write codes and scales of each weight, one after the other; see `ops.quantize_many`."""
+    for w_, q_, scale_ in zip(w, q, scale, strict=True):
+        quantize_out(w_, None, q_, scale_, *args)
+
+
+def copy_amax_out(w, out, amax, block_n, block_k):
+    """Copy `w` and raise the amax of each group to its maximum, in one launch; see `ops.copy_amax`."""
+    if w.numel() == 0:
+        return
+    tiling = _tiling(*_extents(w, block_n, block_k, out), block_n, block_k, False, w.stride(2) == 1)
+    _launch(
+        _copy_amax_kernel, len(w) * tiling.num_tiles * tiling.pieces, w,
+        w, out, amax.view(torch.int32), *tiling.sizes, tiling.pieces,
+        *w.stride(), *out.stride(), *amax.stride(), **tiling.shape,
+    )  # fmt: skip
 
 
 def _launch_amax(w, amax, tiling, split, accumulate):

@@ -60,7 +60,7 @@ def test_every_source_compiles_and_no_kernel_spills(build):
     # "Function properties for NAME" is followed by "B bytes stack frame, S bytes spill stores, L bytes spill loads".
     kernels = re.findall(r"Function properties for (\S*_kernel\S*)\s+(\d+) bytes stack frame, (\d+) bytes sp", report)
     names = " ".join(name for name, *_ in kernels)
-    for family in ("quantize_groups", "quantize_split", "amax", "amax_partials", "amax_finish", "dequantize"):
+    for family in ("quantize_groups", "quantize_split", "amax", "amax_partials", "amax_finish", "copy_amax", "dequantize"):
         assert f"{family}_kernel" in names
     assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]
     assert not re.search("warning", report), report
@@ -92,7 +92,10 @@ def test_the_library_needs_only_torchs_stable_interface(build):
         "aoti_torch_get_size",
         "aoti_torch_get_stride",
         "aoti_torch_library_init_impl",
+        "torch_delete_list",
         "torch_library_impl",
+        "torch_list_get_item",
+        "torch_list_size",
     }
     # The CUDA runtime is inside, so that the library does not ask for the version that torch happens to bring.
     assert not any(name.startswith("cuda") for name in needed)

@@ -44,7 +44,7 @@ def test_quantize_equals_the_reference(shape, scheme):
 
 @pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "per_block", "per_group"])
 def test_numerics_of_vllm(scheme):
-    """By the argument or by the scheme, for small weights and zeros; floors make them other bits than the exact ones."""
+    """By the argument or by the scheme, for small weights and zeros; other bits than the exact ones."""
     w = torch.randn(3, 130, 257) * 1e-8
     w[1] = 0
     want = expected(w, as_scheme(scheme), numerics=1)
@@ -111,6 +111,41 @@ def test_amax_accumulates_over_shards():
     assert fk.amax(w, out=out) == w.abs().max()
 
 
+# Shapes, dtypes and strides of their own, one without elements.
+MANY = [((7, 13), torch.bfloat16), ((3, 130, 257), torch.float32), ((0, 5), torch.float16), ((129, 576), torch.float16)]
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_quantize_many_equals_quantize_of_each(scheme):
+    """Into new tensors and into given ones, of which the rest is left alone."""
+    weights = [torch.randn(shape).to(dtype) for shape, dtype in MANY]
+    weights[1] = weights[1].mT
+    want = [fk.quantize(w, scheme) for w in weights]
+    buffers = [torch.full((*w.shape, 2), 0x55, dtype=torch.uint8).view(torch.float8_e4m3fn) for w in weights]
+    out = [(buffer[..., 1], torch.empty_like(scale)) for buffer, (_, scale) in zip(buffers, want, strict=True)]
+    for got in (fk.quantize_many(weights, scheme), fk.quantize_many(iter(weights), scheme, out=out)):
+        for pair, want_pair in zip(got, want, strict=True):
+            for actual, expected_ in zip(pair, want_pair, strict=True):
+                assert actual.dtype == expected_.dtype and torch.equal(bits(actual), bits(expected_))
+    assert all(a is b for pair, given in zip(got, out, strict=True) for a, b in zip(pair, given, strict=True))
+    assert all((bits(buffer)[..., 0] == 0x55).all() for buffer in buffers)
+    assert fk.quantize_many([], scheme) == []
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("shape", [(7, 13), (3, 130, 257), (2, 2, 5, 40), (0, 5)], ids=str)
+def test_copy_amax_copies_and_raises_the_amax(shape, scheme):
+    """To strided places too; a slot that holds more than the shard keeps it."""
+    for dtype in DTYPES:
+        w = torch.randn(shape).to(dtype)
+        out = torch.empty(*shape, 2, dtype=dtype)[..., 1]
+        found = fk.amax(w, scheme)
+        slot = torch.where(torch.rand(found.shape) < 0.5, found * 2, found / 2)
+        want = slot.maximum(found)
+        assert fk.copy_amax(w, out, slot, scheme) is out
+        assert torch.equal(bits(out), bits(w)) and torch.equal(slot, want)
+
+
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 3, 4), (2, 0, 4), (0, 0)], ids=str)
 def test_empty_weights(shape, scheme):
@@ -153,6 +188,33 @@ BAD_CALLS = {
     ),
     "device": (lambda w: fk.amax(w, out=torch.ones((), device="meta")), ValueError, "`out` must be on cpu, got meta"),
     "accumulate": (lambda w: fk.amax(w, accumulate=True), ValueError, "must come with `out`"),
+    "many: not a tensor": (
+        lambda w: fk.quantize_many([w, 3]),
+        TypeError,
+        r"`weights\[1\]` must be a tensor, got int",
+    ),
+    "many: q shape": (
+        lambda w: fk.quantize_many([w, w[:2]], out=[fk.quantize(w)] * 2),
+        ValueError,
+        r"`out\[1\]\[0\]` must have shape \(2, 6\)",
+    ),
+    "many: length": (
+        lambda w: fk.quantize_many([w], out=[]),
+        ValueError,
+        "must have the length of `weights`, 1, got 0",
+    ),
+    "many: dimensions": (lambda w: fk.quantize_many([w[None, None]]), ValueError, r"must be \[N, K\] or \[E, N, K\]"),
+    "many: device": (
+        lambda w: fk.quantize_many([w, w.to("meta")]),
+        ValueError,
+        r"`weights\[1\]` must be on .*, got meta",
+    ),
+    "copy: dtype": (
+        lambda w: fk.copy_amax(w, w.half(), torch.zeros(())),
+        TypeError,
+        "`out` must be one of float32, got float16",
+    ),
+    "copy: slot": (lambda w: fk.copy_amax(w, w, torch.zeros(4)), ValueError, r"`amax` must have shape \(\)"),
     "unknown numerics": (lambda w: fk.quantize(w, numerics="sglang"), ValueError, "`numerics` must be one of"),
     "vllm numerics of mx": (
         lambda w: fk.quantize(w, "mxfp8", numerics="vllm"),
@@ -187,6 +249,11 @@ def op_calls():
     yield "quantize_out", (w, None, q, torch.empty(2, 6, 1), 1, -1, False, 0)
     yield "quantize_out", (w[0], torch.ones(()), q[0], torch.empty(()), -1, -1, True, 0)
     yield "quantize_out", (w, None, q, torch.empty(2), -1, -1, False, 1)
+    yield (
+        "quantize_many_out",
+        ([w[0], w], [q[0], q.clone()], [torch.empty(6, 1), torch.empty(2, 6, 1)], 1, -1, False, 0),
+    )
+    yield "copy_amax_out", (w, torch.empty_like(w), torch.zeros(2), -1, -1)
     yield "amax_out", (w, torch.zeros(2, 2, 2), 4, 8, True)
     yield "dequantize_out", (q, torch.ones(2, 6, 1), w, 1, -1)
 
@@ -209,7 +276,9 @@ def test_compiles_without_a_graph_break(scheme):
 
     def step(w):
         q, scale = fk.quantize(w * 2, scheme)
-        return q, scale, fk.dequantize(q, scale, torch.float32, scheme), fk.amax(w, scheme)
+        ((q2, _),) = fk.quantize_many([w], scheme)
+        copied = fk.copy_amax(w, torch.empty_like(w), slot := torch.zeros_like(fk.amax(w, scheme)), scheme)
+        return q, scale, fk.dequantize(q, scale, torch.float32, scheme), fk.amax(w, scheme), q2, copied, slot
 
     w = torch.randn(40, 70)
     for backend in ("aot_eager", "inductor"):

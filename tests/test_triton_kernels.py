@@ -18,7 +18,7 @@ from fp8_kernels.schemes import SCHEMES, WHOLE, grid  # noqa: E402
 
 HERE = Path(__file__)
 E4M3, E5M2, *FNUZ = reference.FP8_MAX
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32"}
 
 # Every architecture that is named to users, and one (Ampere) that has no FP8 conversions.
 NVIDIA = {"sm_80": GPUTarget("cuda", 80, 32), **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (89, 90, 100)}}
@@ -58,6 +58,11 @@ def dequantize(q, dtype, block_n, block_k, scale_dtype=torch.float32):
 def amax(w, block_n, block_k, accumulate=False):
     groups = w.shape[0], *grid(*w.shape[1:], block_n, block_k)
     triton_kernels.amax_out(w, empty(*groups, dtype=torch.float32), block_n, block_k, accumulate)
+
+
+def copy_amax(w, block_n, block_k):
+    groups = w.shape[0], *grid(*w.shape[1:], block_n, block_k)
+    triton_kernels.copy_amax_out(w, torch.empty_like(w), empty(*groups, dtype=torch.float32), block_n, block_k)
 
 
 def compile_launch(kernel, args, constants, target):
@@ -106,6 +111,8 @@ VARIANTS = {
     "beyond 2^31": lambda: quantize(empty(1, 70000, 40000), WHOLE, WHOLE),
     "amax": lambda: amax(empty(2, 512, 2048), WHOLE, WHOLE, True),
     "amax fp32": lambda: amax(empty(1, 512, 2048, dtype=torch.float32), 1, WHOLE, True),
+    "copy_amax": lambda: copy_amax(empty(2, 512, 2048), WHOLE, WHOLE),
+    "copy_amax fp32": lambda: copy_amax(empty(1, 512, 2048, dtype=torch.float32), 1, WHOLE),
     "dequantize": lambda: dequantize(empty(1, 512, 2048, dtype=E4M3), torch.bfloat16, 128, 128),
     "dequantize e5m2": lambda: dequantize(empty(1, 512, 2048, dtype=E5M2), torch.float16, 1, WHOLE),
     "dequantize mx": lambda: dequantize(empty(1, 512, 2048, dtype=E4M3), torch.float32, 1, 32, torch.float8_e8m0fnu),
@@ -152,7 +159,7 @@ def test_compiles_for_amd(launches, monkeypatch):
     if "amd" not in triton.backends.backends:
         pytest.skip("this Triton was built without its AMD backend")
     monkeypatch.setattr(triton_kernels, "_converts_fp8", lambda device: False)
-    for variant in ("per_tensor", "per_channel", "per_block", "mxfp8", "amax fp32", "dequantize"):
+    for variant in ("per_tensor", "per_channel", "per_block", "mxfp8", "amax fp32", "copy_amax", "dequantize"):
         VARIANTS[variant]()
     for fp8_dtype in FNUZ:
         quantize(empty(1, 512, 2048), 1, WHOLE, fp8_dtype)

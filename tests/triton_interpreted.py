@@ -85,6 +85,11 @@ def check_amax(w, block_n, block_k):
     amax = torch.full_like(wanted, -1.0)
     triton_kernels.amax_out(w, amax, block_n, block_k, False)
     assert_same_bits(amax, wanted, "amax")
+    copied, slot = torch.empty_like(w), torch.where(torch.rand(wanted.shape) < 0.5, 0.0, 3.0)
+    want_slot = reference.canonical_nan(slot.maximum(wanted))
+    triton_kernels.copy_amax_out(w, copied, slot, block_n, block_k)
+    assert_same_bits(slot, want_slot, "slot")
+    assert_same_bits(copied, w, "copy")
 
 
 def check_dequantize(q, scale, dtype, block_n, block_k, w=None):

@@ -99,6 +99,9 @@ def test_quantize_amax_and_dequantize_equal_the_reference(name, dtype, fp8, back
         w, want_amax, want_q, want_scale, want_back = case(name, dtype, fp8, shape)
         w = w.cuda()
         assert_same_bits(fk.amax(w, scheme, backend=backend).cpu(), want_amax, "amax")
+        slot, copied = torch.zeros_like(want_amax).cuda(), torch.empty_like(w)
+        assert_same_bits(fk.copy_amax(w, copied, slot, scheme, backend=backend), w, "copy")
+        assert_same_bits(slot.cpu(), want_amax, "slot")
         q, scale = check_quantize(w, scheme, backend, fp8, want=(want_q, want_scale))
         assert_same_bits(fk.dequantize(q, scale, dtype, scheme, backend=backend).cpu(), want_back, "w")
 

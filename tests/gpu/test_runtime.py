@@ -58,8 +58,22 @@ def test_launches(shape, scheme, backend):
     assert len(names) == 1, names
     names = launches(lambda: fk.amax(w, scheme, out=amax, backend=backend))
     assert len(names) <= (2 if scheme == "per_tensor" else 1), names
+    copied = torch.empty_like(w)
+    names = launches(lambda: fk.copy_amax(w, copied, amax, scheme, backend=backend))
+    assert len(names) == 1, names
     names = launches(lambda: fk.dequantize(*out, scheme=scheme, out=w, backend=backend))
     assert len(names) == 1, names
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantize_many_gives_the_bits_of_each(scheme, backend):
+    """Weights of many shapes and dtypes, aligned and not, small and large, in one call."""
+    shapes = [(64, 256), (7, 13), (3, 130, 257), (1, 8192), (0, 64), (512, 2048), (8, 512, 1024), (33, 7168)]
+    weights = [weight(shape) for shape in shapes]
+    weights += [weights[3].float(), weights[5].half(), weights[5][:, ::2], weights[6].mT, weights[0][:, 3:]]
+    for out in (None, [empty_outputs(w, scheme) for w in weights]):
+        for pair, w in zip(fk.quantize_many(weights, scheme, out=out, backend=backend), weights, strict=True):
+            check(pair, w, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
