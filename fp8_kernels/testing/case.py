@@ -32,12 +32,13 @@ NEEDS = {
     "threads": "threads other than the one that entered load too: `Adapter.worker`",
     "reload": "a loaded model takes new weights: `Load.mode`",
     "scope": "a reload can be told which weights will arrive",
-    "hooks": "the adapter appends to `session.processed` what the engine's post-processing was called with",
+    "hooks": "the loader calls an engine's own processing: `Load.on_module` and `Load.on_finish`",
     "ranks": "several processes of torch.distributed load together",
     "scale_group": "scales can be those of the unsharded weight",
     "dummy": "the loader can fill a model without a checkpoint: `Adapter.fill_dummy`",
     "checkpoint": "the loader reads checkpoint folders: `Adapter.load_checkpoint`",
     "fp8_source": "the loader takes FP8 data with its scale",
+    "poison": "a streaming reload that broke off is known for it: `Adapter.half_loaded`",
     "offload": "a weight's result can be placed on the CPU",
     "cuda": "the load is on a CUDA device",
 }
@@ -98,7 +99,10 @@ class Load:
         holds: parameter -> high-precision values whose codes and scales it must hold afterwards, to the bit.
         passes: tensor -> what it must hold afterwards, as it is.
         refused: the load must fail like this instead.
-        check: called with the session afterwards; raises AssertionError.
+        check: called with the session afterwards, also after an expected refusal; raises AssertionError.
+        on_module: the engine's own processing of a module when all its tensors are final: called with the session and
+            the module, in a layout that nothing has changed yet.
+        on_finish: likewise of the model, when every module is.
         facts: what the engine has to tell its loader about this model or checkpoint. Keys: `ignore`, `optional`
             (patterns), `logical_shapes` (pattern -> shape), `staging_budget` (bytes), `reads_back` (parameters that the
             loader reads after it wrote something else), `scope` (patterns), `offload` (patterns).
@@ -114,6 +118,8 @@ class Load:
     passes: Mapping[str, torch.Tensor] = field(default_factory=dict)
     refused: Refused | None = None
     check: Callable[[Session], None] | None = None
+    on_module: Callable[[Session, nn.Module], None] | None = None
+    on_finish: Callable[[Session, nn.Module], None] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     mode: str = "first"
     retained_bytes: int | None = None

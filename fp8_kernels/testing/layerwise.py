@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 
 import torch
 
-from ..errors import ConflictingShardError, IncompleteLoadError, LoadError, NonFiniteWeightError
+from ..errors import ConflictingShardError, IncompleteLoadError, LoadError, NonFiniteWeightError, PoisonedModelError
 from ..load import load_checkpoint
 from ..loading import LayerwiseLoader
+from ..loading.reload import check_not_poisoned
 from .runner import Adapter
 from .session import Session
 
@@ -18,6 +21,7 @@ class LayerwiseAdapter(Adapter):
 
     name = "fp8_kernels"
     offers = frozenset({"progress", "staged_bytes", "logical_shapes", "optional", "threads", "checkpoint"})
+    offers |= {"reload", "scope", "hooks", "poison", "dummy"}
     restores = True
     errors = {
         "incomplete": IncompleteLoadError,
@@ -30,17 +34,35 @@ class LayerwiseAdapter(Adapter):
         self.device = torch.device(device)
 
     def enter(self, session: Session):
-        options = {key: value for key, value in session.load.facts.items() if key != "reads_back"}
+        load = session.load
+        options = {key: value for key, value in load.facts.items() if key != "reads_back"}
         if "progress" in session.case.needs:
             names = {module: name for name, module in session.model.named_modules()}
             options["on_module"] = lambda module: session.finished.append(names[module])
-        return LayerwiseLoader(session.model, session.case.scheme, device=self.device, **options)
+        for name in ("on_module", "on_finish"):
+            if getattr(load, name) is not None:
+                options[name] = functools.partial(getattr(load, name), session)
+        if load.mode == "first":
+            options |= {"scheme": session.case.scheme, "device": self.device}
+        else:
+            options["reload"] = load.mode
+        return LayerwiseLoader(session.model, **options)
 
     def worker(self, session: Session):
         return session.handle.worker()
 
+    def fill_dummy(self, session: Session):
+        session.handle.fill_dummy()
+
     def load_checkpoint(self, model: torch.nn.Module, folder: Path, scheme: str):
         load_checkpoint(model, folder, scheme, device=self.device, runnable=False)
+
+    def half_loaded(self, model: torch.nn.Module):
+        try:
+            check_not_poisoned(model)
+        except PoisonedModelError as error:
+            return re.findall("`(.*?)`", str(error))
+        return []
 
     def staged_bytes(self, session: Session):
         return session.handle.report.peak_staging_bytes

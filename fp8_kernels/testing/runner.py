@@ -65,6 +65,10 @@ class Adapter:
         """The most bytes of high precision that the load, which is over, held at a time."""
         raise NotOffered("staged_bytes")
 
+    def half_loaded(self, model: nn.Module) -> list[str]:
+        """The weights that a streaming reload left with new values beside old ones, as far as the loader knows."""
+        raise NotOffered("poison")
+
     def fill_dummy(self, session: Session):
         """Fill the model with generated weights."""
         raise NotOffered("dummy")
@@ -162,7 +166,7 @@ def _run_load(adapter, session):
     load, case = session.load, session.case
     refused = load.refused
     with_values = load.mode != "first"
-    look = refused is not None and (adapter.restores or refused.restored)
+    look = refused is not None and load.mode != "streaming" and (adapter.restores or refused.restored)
     before = fingerprint(session.model, with_values) if look else None
     measure = load.excess_bytes is not None or load.reserved_bytes is not None
     excess = Excess(adapter.device) if measure else contextlib.nullcontext()
@@ -184,6 +188,8 @@ def _run_load(adapter, session):
         _check_result(adapter, case, load, session)
         if measure:
             _check_excess(load, excess)
+    if load.check is not None:
+        load.check(session)
 
 
 def _is_refusal(adapter, refused: Refused, error):
@@ -214,8 +220,6 @@ def _check_result(adapter, case, load: Load, session):
         assert seen <= load.staged_bytes, (
             f"{seen} bytes of high precision were held, at most {load.staged_bytes} may be"
         )
-    if load.check is not None:
-        load.check(session)
 
 
 def _check_excess(load, excess):

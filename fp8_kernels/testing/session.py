@@ -26,7 +26,6 @@ class Session:
         params: the engine's own `dict(model.named_parameters())` from before the load.
         handle: what the adapter's context gave (a loader object, say).
         finished: names of modules whose tensors are final, in that order; filled by the adapter.
-        processed: what the engine's post-processing was called with, in that order; filled by the adapter.
         notes: for the steps of a case, to remember things until a later step or the check.
     """
 
@@ -35,7 +34,6 @@ class Session:
         self.params = dict(model.named_parameters())
         self.handle: Any = None
         self.finished: list[str] = []
-        self.processed: list[str] = []
         self.notes: dict[str, Any] = {}
         self.peak_retained = 0
         self._sources: dict[int, weakref.ref] = {}

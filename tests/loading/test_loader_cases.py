@@ -23,6 +23,12 @@ ROWS = {
     "D": "held_references out_of_order_checkpoint full_tensor_held whole_layer_moe_unit fp32_temporaries "
     "prefetch_outruns_quantization reserved_not_allocated peak_measured_too_soon iterator_turned_into_list "
     "accounting_cost",
+    "E": "worker_threads concurrent_shards_of_one_unit thread_without_current_device async_copy_and_buffer_reuse",
+    "F": "exception_mid_reload bad_tensor_buffered_before_validation cuda_graph_pointers stale_weight_loader "
+    "chunked_updates partial_update deferred_module engine_post_processing non_idempotent_post_processing "
+    "alias_and_non_persistent_buffers",
+    "G": "dummy_load fused_3d_expert_checkpoint per_expert_checkpoint non_gated_moe single_file sharded_with_index "
+    "pickled_bin",
 }
 CASES = list(loader_cases())
 

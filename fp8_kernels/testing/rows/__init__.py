@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..case import SECTIONS, LoaderCase
-from . import memory, too_early, too_late, wrong  # noqa: F401
+from . import concurrent, formats, memory, reload, too_early, too_late, wrong  # noqa: F401
 from .registry import ROWS, build
 
 

@@ -99,7 +99,7 @@ def whole_layer_moe_unit(scheme):
 @row("D", "none as large as a weight: peers need up to 15 bytes an element")
 def fp32_temporaries(scheme):
     w = values(4096, 2048)
-    load = Load([Write("fc.weight", w)], {"fc.weight": w}, excess_bytes=w.nbytes + 2 * SMALL)
+    load = Load([Write("fc.weight", w)], {"fc.weight": w}, excess_bytes=w.nbytes + 3 * SMALL)
     yield Draft("", {"fc": (4096, 2048)}, load)
 
 

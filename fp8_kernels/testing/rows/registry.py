@@ -65,5 +65,6 @@ def _case(row, draft, scheme):
         needs |= {"optional", "logical_shapes", "scope", "offload"} & load.facts.keys()
         needs |= {"budget"} if "staging_budget" in load.facts else set()
         needs |= {"reload"} if load.mode != "first" else set()
+        needs |= {"hooks"} if load.on_module or load.on_finish else set()
         needs |= {"staged_bytes"} if load.staged_bytes is not None else set()
     return LoaderCase(row.name, draft.variant, row.section, row.must, model, loads, scheme, frozenset(needs), draft.run)
