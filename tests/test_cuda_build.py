@@ -60,7 +60,15 @@ def test_every_source_compiles_and_no_kernel_spills(build):
     # "Function properties for NAME" is followed by "B bytes stack frame, S bytes spill stores, L bytes spill loads".
     kernels = re.findall(r"Function properties for (\S*_kernel\S*)\s+(\d+) bytes stack frame, (\d+) bytes sp", report)
     names = " ".join(name for name, *_ in kernels)
-    for family in ("quantize_groups", "quantize_split", "amax", "amax_partials", "amax_finish", "copy_amax", "dequantize"):
+    for family in (
+        "quantize_groups",
+        "quantize_split",
+        "amax",
+        "amax_partials",
+        "amax_finish",
+        "copy_amax",
+        "dequantize",
+    ):
         assert f"{family}_kernel" in names
     assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]
     assert not re.search("warning", report), report

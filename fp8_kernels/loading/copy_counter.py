@@ -121,11 +121,58 @@ class _KeepReal(TorchFunctionMode):
         self._writes = writes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None:
-            return handler(self._writes, func, args, kwargs)
-        return func(*args, **kwargs)
+            return handler(self._writes, func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _without_dispatch(function, *args, **kwargs):
+    """Call it without `CopyCounter` seeing its ops, which takes most of the time of a view."""
+    _exclude(_PYTHON, True)
+    _exclude(_SNAPSHOT, True)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _exclude(_PYTHON, False)
+        _exclude(_SNAPSHOT, False)
+
+
+def _nobody_else_sees(t):
+    """Are ops on the tensor seen by nothing but `CopyCounter`: no other mode, no class of its own?"""
+    return _num_modes() == 1 and type(t).__torch_dispatch__ is _NO_DISPATCH and not _is_excluded(_PYTHON)
+
+
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+_num_modes = torch._C._len_torch_dispatch_stack
+_PYTHON, _SNAPSHOT = torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
+def _view(writes, func, args, kwargs):
+    if _nobody_else_sees(args[0]):
+        return _without_dispatch(func, *args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def _item(writes, func, args, kwargs):
+    """A view, if the index has only numbers and slices."""
+    index = args[1]
+    if type(index) in _SIMPLE or (type(index) is tuple and all(type(i) in _SIMPLE for i in index)):
+        return _view(writes, func, args, kwargs)
+    return _with_real_index(writes, func, args, kwargs)
+
+
+_SIMPLE = {int, slice, type(None), type(...)}
+
+
+def _copy(writes, func, args, kwargs):
+    """A shard of a weight, in the usual case."""
+    usual = len(args) == 2 and isinstance(args[1], torch.Tensor) and kwargs.keys() <= {"non_blocking"}
+    if usual and _nobody_else_sees(args[0]) and _without_dispatch(writes.take, *args, **kwargs):
+        return args[0]
+    return func(*args, **kwargs)
 
 
 def _with_real_index(writes, func, args, kwargs):
@@ -166,9 +213,14 @@ def _set_data(writes, func, args, kwargs):
     return func(*args, **kwargs)
 
 
+_VIEWS = ("narrow", "select", "t", "transpose", "permute", "view", "unsqueeze", "squeeze", "unbind", "chunk", "split")
 _HANDLERS = {
+    **{getattr(torch.Tensor, name): _view for name in _VIEWS},
+    torch.Tensor.detach: _view,
+    torch.Tensor.data.__get__: _view,
+    torch.Tensor.copy_: _copy,
+    torch.Tensor.__getitem__: _item,
     torch.Tensor.__setitem__: _with_real_index,
-    torch.Tensor.__getitem__: _with_real_index,
     torch.tensor: _with_real_data,
     torch.as_tensor: _with_real_data,
     torch.Tensor.new_tensor: _new_tensor,

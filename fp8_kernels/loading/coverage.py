@@ -4,7 +4,6 @@ A unit is a matrix `[rows, columns]`. What was written is kept as *bands*: runs 
 columns written, disjoint, sorted and maximal, so shards that arrive in order stay one band. A region that is
 no rectangle (strided rows, an index list, a mask) turns the whole record into one boolean per element, which
 is as exact and merely larger. Neither ever counts writes: what was written twice is there once.
-
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Region:
 
     def of(self, matrix: torch.Tensor) -> torch.Tensor:
         """The view of that contiguous matrix."""
-        return matrix.as_strided(self.sizes, self.strides, self.offset)
+        return matrix.as_strided(self.sizes, self.strides, matrix.storage_offset() + self.offset)
 
 
 class Coverage:
@@ -119,16 +118,24 @@ class Coverage:
         """How many logical elements of a view have been written already."""
         if region.boxes is None or self._mask is not None:
             return int(region.of(self.mask()).sum()) if self._bands or self._mask is not None else 0
+        return sum(map(self.overlap_box, region.boxes))
+
+    def overlap_box(self, box: Box) -> int:
+        """How many logical elements of a rectangle have been written already."""
+        row0, row1, col0, col1 = self._clip(box)
+        if self._mask is not None:
+            return int(self._mask[row0:row1, col0:col1].sum())
+        if not self._bands or self._bands[-1][1] <= row0:  # the next shard in order
+            return 0
         count = 0
-        for row0, row1, col0, col1 in map(self._clip, region.boxes):
-            first, last = self._between(row0, row1)
-            for start, end, columns in self._bands[first:last]:
-                width = sum(max(min(b, col1) - max(a, col0), 0) for a, b in columns)
-                count += (min(end, row1) - max(start, row0)) * width
+        first, last = self._between(row0, row1)
+        for start, end, columns in self._bands[first:last]:
+            width = sum(max(min(b, col1) - max(a, col0), 0) for a, b in columns)
+            count += (min(end, row1) - max(start, row0)) * width
         return count
 
-    def missing(self) -> list[Box]:
-        """The logical rectangles that have not been written, from the top, disjoint."""
+    def missing(self, box: Box | None = None) -> list[Box]:
+        """The logical rectangles, of those in `box`, that have not been written, from the top, disjoint."""
         num_rows, num_cols = self.logical
         gaps, row = [], 0
         for start, end, columns in [*self._as_bands(), (num_rows, num_rows, ())]:
@@ -137,7 +144,12 @@ class Coverage:
             if start < end:
                 gaps += [(start, end, *gap) for gap in _complement(columns, num_cols)]
             row = end
-        return gaps
+        return gaps if box is None else _within(gaps, box)
+
+    def written(self, box: Box | None = None) -> list[Box]:
+        """The rectangles, of those in `box`, that have been written, from the top, disjoint."""
+        boxes = [(start, end, *interval) for start, end, columns in self._as_bands() for interval in columns]
+        return boxes if box is None else _within(boxes, box)
 
     def mask(self) -> torch.Tensor:
         """Bool `[rows, columns]`; from now on it is the record."""
@@ -244,6 +256,13 @@ def _boxes_of_run(num_cols, offset, size):
     if size % num_cols:
         boxes.append((row, row + 1, 0, size % num_cols))
     return boxes
+
+
+def _within(boxes, box):
+    """What of the rectangles is in that one."""
+    row0, row1, col0, col1 = box
+    parts = ((max(a, row0), min(b, row1), max(c, col0), min(d, col1)) for a, b, c, d in boxes)
+    return [part for part in parts if part[0] < part[1] and part[2] < part[3]]
 
 
 def _union(columns, col0, col1):

@@ -42,8 +42,11 @@ class LayerwiseLoader:
     Args:
         model: its parameters that become FP8 on the meta device; others on meta (they become real on `device`
             when the context is entered) or real (used as they are).
-        scheme, ignore, include, schemes, dtype, optional, logical_shapes: see `make_plan`; by default `per_channel`.
+        scheme, ignore, include, schemes, dtype, optional, logical_shapes, stream: see `make_plan`; by default
+            `per_channel`.
         device: where the FP8 model lives and is made; by default the current CUDA device, else the CPU.
+        staging_budget: bytes of device memory that high-precision data may take; by default the larger of 256 MiB
+            and two of the largest units. Units that are open beyond it wait on the host, in pinned memory.
         on_unit: called with (unit, q, scale) when a unit (a weight, or one expert) is quantized.
         on_module: called with the module when all its tensors are final and installed, once a module.
         on_finish: called with the model when everything is installed, once.
@@ -79,6 +82,8 @@ class LayerwiseLoader:
         dtype: torch.dtype = torch.float8_e4m3fn,
         optional: Iterable[str] = (),
         logical_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        stream: bool | Mapping[str, bool] = True,
+        staging_budget: int | None = None,
         on_unit: Callable[[Unit, torch.Tensor, torch.Tensor], None] | None = None,
         on_module: Callable[[torch.nn.Module], None] | None = None,
         on_finish: Callable[[torch.nn.Module], None] | None = None,
@@ -95,13 +100,18 @@ class LayerwiseLoader:
             "dtype": dtype,
             "optional": tuple(optional),
             "logical_shapes": logical_shapes,
+            "stream": stream,
         }
+        if staging_budget is not None and staging_budget < 0:
+            raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")
+        self._staging_budget = staging_budget
         self._reload_options = None
         if reload is not None:
-            if self._rules != {**_DEFAULT_RULES, "optional": self._rules["optional"]} or scheme is not None:
+            may_be_given = {name: self._rules[name] for name in ("optional", "stream")}
+            if self._rules != {**_DEFAULT_RULES, **may_be_given} or scheme is not None:
                 raise ValueError("a reload keeps each weight's scheme, dtype and shape: give it `scope` and `optional`")
             has_hooks = on_module is not None or on_finish is not None
-            self._reload_options = (reload, scope, self._rules["optional"], has_hooks)
+            self._reload_options = (reload, scope, self._rules["optional"], has_hooks, stream)
             if device is None:
                 device = Reload(model, *self._reload_options).device
         elif scope is not None:
@@ -125,7 +135,8 @@ class LayerwiseLoader:
             self.plan, self._reload = self._make_plan()
             schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
             self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
-            self._session = Session(self.model, self.plan, Staging(self.device), self.report, self._hooks, self._reload)
+            staging = Staging(self.device, self.plan.largest_unit, self._staging_budget)
+            self._session = Session(self.model, self.plan, staging, self.report, self._hooks, self._reload)
             self._session.start()
         except BaseException as failure:
             self._roll_back(failure)
@@ -152,6 +163,8 @@ class LayerwiseLoader:
             raise RuntimeError("the loader's context must be entered before a worker's")
         with CopyCounter(self._session.writes):
             yield self
+        if self._session is not None:
+            self._session.writes.let_go()
 
     def fill_dummy(self, seed: int = 0):
         """Give everything that has not arrived generated values, for measurements without a checkpoint.

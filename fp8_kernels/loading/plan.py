@@ -44,6 +44,7 @@ class Entry(Decision):
         scheme: None for pass-through; `why` says why.
         logical: the part that a checkpoint holds; the rest is padding, zero and outside every scale.
         optional: may be absent from the checkpoint: it then keeps its value, or becomes 0 if it has none.
+        stream: rows, blocks or groups are quantized as they arrive, before the unit is complete.
         tracked: False for what needs nothing to arrive in it: a buffer that has its value already, and a real tensor
             that overlaps others or itself.
     """
@@ -57,6 +58,7 @@ class Entry(Decision):
     logical: tuple[int, ...]
     optional: bool
     fp8_dtype: torch.dtype
+    stream: bool = True
     tracked: bool = True
 
     @property
@@ -135,6 +137,7 @@ def make_plan(
     dtype: torch.dtype = torch.float8_e4m3fn,
     optional: Iterable[str] = (),
     logical_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    stream: bool | Mapping[str, bool] = True,
 ) -> Plan:
     """Decide for every parameter and persistent buffer of a model whether and how it becomes FP8.
 
@@ -146,6 +149,9 @@ def make_plan(
         optional: patterns of tensors that the checkpoint may lack.
         logical_shapes: pattern -> shape of the upper left part that the checkpoint holds, where the model
             pads; leading dimensions (experts) must be whole.
+        stream: False keeps a weight in high precision until it is complete, where else each row, block or group is
+            quantized as soon as it has arrived: for loaders that come back to what they wrote long before. Or
+            pattern -> whether; the last one that matches counts.
 
     Raises:
         UnmatchedPatternError: a pattern matched nothing.
@@ -155,7 +161,8 @@ def make_plan(
         raise TypeError(f"`dtype` must be one of {FP8_DTYPES}, got {dtype}")
     rules = Rules(scheme, ignore, include, dict(schemes or {}))
     optional, logical_shapes = tuple(optional), dict(logical_shapes or {})
-    unused = {*optional, *logical_shapes}
+    by_default, streams = (True, dict(stream)) if isinstance(stream, Mapping) else (stream, {})
+    unused = {*optional, *logical_shapes, *streams}
     places, rebuild = _places(model)
     entries = []
     for group, overlaps in places:
@@ -168,7 +175,7 @@ def make_plan(
         if overlaps:
             decisions = [(None, "overlaps other tensors or itself")]
         chosen, why = next((d for d in decisions if d[0] is None), decisions[0])
-        found = [p for p in (*optional, *logical_shapes) if any(matches(p, name) for name in names)]
+        found = [p for p in (*optional, *logical_shapes, *streams) if any(matches(p, name) for name in names)]
         unused.difference_update(found)
         logical = next((tuple(logical_shapes[p]) for p in found if p in logical_shapes), tuple(first.shape))
         _check_logical(names[0], logical, tuple(first.shape), chosen)
@@ -183,6 +190,7 @@ def make_plan(
                 why=why,
                 logical=logical,
                 optional=any(p in optional for p in found),
+                stream=[by_default, *(streams[p] for p in found if p in streams)][-1],
                 fp8_dtype=dtype,
                 tracked=not (overlaps or has_value),
             )

@@ -8,7 +8,7 @@ module, so it survives an engine that puts other parameter objects, of other lay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -125,6 +125,7 @@ class Reload:
         scope: patterns of what is loaded; None for everything.
         optional: patterns of what may stay away, and then keeps its values.
         has_hooks: the caller will lay the results out anew (`on_module`, `on_finish`).
+        stream: as for `make_plan`.
 
     Raises:
         ValueError: there is nothing to reload, or a layout that only a hook can make.
@@ -132,14 +133,22 @@ class Reload:
         PoisonedModelError: an earlier reload broke off, and this one does not cover what it left.
     """
 
-    def __init__(self, model, mode: str, scope: Iterable[str] | None, optional: tuple[str, ...], has_hooks: bool):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        mode: str,
+        scope: Iterable[str] | None,
+        optional: tuple[str, ...],
+        has_hooks: bool,
+        stream: bool | Mapping[str, bool] = True,
+    ):
         if mode not in MODES:
             raise ValueError(f"`reload` must be one of {MODES}, got {mode!r}")
         if isinstance(scope, str):
             raise TypeError(f"`scope` must be a list of patterns, got the string {scope!r}")
         self.model, self.mode = model, mode
         self._scope = None if scope is None else tuple(scope)
-        self._optional, self._has_hooks = optional, has_hooks
+        self._optional, self._has_hooks, self._stream = optional, has_hooks, stream
         self._made_by_hooks: set[tuple[int, str]] = set()
         self._weights = self._find()
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -167,7 +176,7 @@ class Reload:
                     module._parameters[leaf] = held
                 exchange(held, meta)
                 module._parameters.pop(f"{leaf}_scale", None)
-        plan = make_plan(self.model, optional=self._optional)
+        plan = make_plan(self.model, optional=self._optional, stream=self._stream)
         entries = [e for e in map(self._own_entry, plan.entries) if e is not None]
         inside = [e for e in entries if self._covers(e.names)]
         self.frozen += [(e.name, t) for e in entries if e not in inside for t in e.tensors]

@@ -24,6 +24,8 @@ class Report:
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
     peak_staging_bytes: int = 0
+    spills: int = 0  # units that waited on the host, since shards of too many came between each other
+    spilled_bytes: int = 0
     peak_allocated: int | None = None  # device memory; None on CPU
     peak_reserved: int | None = None
     resident: int | None = None
@@ -42,7 +44,8 @@ class Report:
         ]
         if self.seconds_by_phase:
             lines.append(", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds_by_phase.items()))
-        lines.append(f"staging peak {size_text(self.peak_staging_bytes)}")
+        spilled = f", {self.spills} spills to the host ({size_text(self.spilled_bytes)})" if self.spills else ""
+        lines.append(f"staging peak {size_text(self.peak_staging_bytes)}{spilled}")
         if self.peak_allocated is not None:
             lines.append(
                 f"resident {size_text(self.resident)}, peak allocated {size_text(self.peak_allocated)}, "

@@ -91,8 +91,11 @@ class Session:
             self.writes.error = None  # its frames hold buffers
         for tracked in self.tracked:  # which refer to their units, and these to them
             for unit in tracked.units:
-                unit.buffer = None
+                unit.buffer = unit.spilled = None
+                unit.shards.clear()
             tracked.units, tracked.q, tracked.scale, tracked.handle = [], None, None, None
+        if self._staging is not None:
+            self._staging.close()
         self.writes = self._staging = self._hooks = self.model = None
         self.tracked, self._at, self._waiting = [], {}, {}
 
@@ -270,6 +273,8 @@ class Session:
         report = self.report
         report.bytes_out = sum(tracked.entry.bytes_out for tracked in self.tracked)
         report.peak_staging_bytes = self._staging.peak
+        report.spills, report.spilled_bytes = self._staging.spills, self._staging.spilled_bytes
+        self._staging.close()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             report.resident = torch.cuda.memory_allocated(self._device)

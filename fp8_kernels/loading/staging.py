@@ -1,12 +1,13 @@
 """Where shards wait: a high-precision buffer per open unit, and the FP8 tensors they become.
 
-A *unit* is what is quantized at once: a weight `[N, K]`, or one expert of `[E, N, K]`. A pass-through tensor is
-tracked as one unit that is never quantized, whose buffer is the tensor itself.
+A *unit* is what has scales of its own: a weight `[N, K]`, or one expert of `[E, N, K]`. Where its scheme has several
+groups a unit, those that arrived whole are quantized before the unit is complete (*streamed*), and its buffer holds
+only what is left. A pass-through tensor is tracked as one unit that is never quantized, whose buffer is the tensor
+itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -15,30 +16,30 @@ from ..errors import LoadError
 from ..ops import quantize
 from ..reference import FP8_MAX, cast, dequantize, rule
 from ..schemes import WHOLE, Scheme
-from .coverage import Coverage
+from .arena import Arena, Staging
+from .coverage import Box, Coverage
 from .plan import Entry
 
-COMPARE_ELEMENTS = 1 << 22  # fp32 temporaries of a comparison hold this many elements each
+COMPARE_ELEMENTS = 1 << 20  # fp32 temporaries of a comparison hold this many elements each
 
 
-class Staging:
-    """Allocates high-precision buffers and knows how many bytes are out, now and at most."""
+class Shard:
+    """Data that has arrived and waits, held open by its thread: one rectangle of `count` neighbouring units.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.bytes = 0
-        self.peak = 0
+    Attributes:
+        tracked, first, count: which units.
+        box: which rectangle of each.
+        buffer: `[count, rows, columns]`.
+    """
 
-    def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised buffer; give it back with `release`."""
-        buffer = torch.empty(shape, dtype=dtype, device=self.device)
-        self.bytes += buffer.nbytes
-        self.peak = max(self.peak, self.bytes)
-        return buffer
+    __slots__ = ("box", "buffer", "count", "first", "tracked")
 
-    def release(self, buffer: torch.Tensor):
-        """Count the buffer as free; its memory goes when the caller's reference does."""
-        self.bytes -= buffer.nbytes
+    def __init__(self, tracked: Tracked, first: int, count: int, box: Box, buffer: torch.Tensor):
+        self.tracked, self.first, self.count, self.box, self.buffer = tracked, first, count, box, buffer
+
+    @property
+    def units(self) -> list[Unit]:
+        return self.tracked.units[self.first : self.first + self.count]
 
 
 class Unit:
@@ -50,6 +51,10 @@ class Unit:
         shape: (N, K), padding included.
         scheme: None for pass-through.
         final: quantized (or, for pass-through, fully written).
+        coverage: what was written.
+        streamed: what of it is quantized already, in whole groups; None if nothing is.
+        shards: what of it threads hold open.
+        spilled: what waits on the host, as (rectangle, data), instead of in a buffer.
     """
 
     def __init__(self, tracked: Tracked, number: int, staging: Staging):
@@ -59,10 +64,14 @@ class Unit:
         self.index = number if entry.scheme and len(entry.shape) == 3 else None
         self.shape = tracked.unit_shape
         self.coverage = Coverage(self.shape, tracked.unit_logical, staging.device)
+        self.streamed: Coverage | None = None
+        self.shards: list[Shard] = []
         self.buffer: torch.Tensor | None = None
+        self.spilled: list[tuple[Box, torch.Tensor]] | None = None
         self.final = False
         self.read_since_write = False
         self._staging = staging
+        self._dtype = entry.dtype
         self._gaps_are_zero = False
 
     @property
@@ -81,20 +90,82 @@ class Unit:
 
         Quantizing rounds once, from what the checkpoint held, so fp32 data for a bf16 parameter waits in fp32.
         """
-        wanted = self.tracked.entry.dtype if self.buffer is None else self.buffer.dtype
-        wanted = wanted if dtype is None else torch.promote_types(wanted, dtype)
+        wanted = self._dtype if dtype is None else torch.promote_types(self._dtype, dtype)
         return torch.float32 if wanted == torch.float64 else wanted
 
     def open(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The buffer, wide enough to hold `dtype`."""
-        wanted = self.dtype_for(dtype)
+        """The buffer, wide enough to hold `dtype`; what waited on the host is back in it."""
+        wanted, staging = self.dtype_for(dtype), self._staging
         if self.buffer is None:
-            self.buffer = self._staging.empty(self.shape, wanted)
+            self.buffer = staging.empty(self.shape, wanted)
+            staging.opened(self)
+            if self.spilled is not None:
+                staging.restore(self, self.buffer)
         elif self.buffer.dtype != wanted:
-            wider = self._staging.empty(self.shape, wanted)
-            self._staging.release(self.buffer)
-            self.buffer = wider.copy_(self.buffer)
+            wider = staging.empty(self.shape, wanted).copy_(self.buffer)
+            staging.release(self.buffer)
+            self.buffer = wider
+        self._dtype = wanted
         return self.buffer
+
+    def keep(self, shard: Shard) -> bool:
+        """Move a shard that a thread held open into the buffer; returns whether its memory has become the buffer."""
+        values = shard.buffer[self.number - shard.first]
+        row0, row1, col0, col1 = shard.box
+        whole = shard.count == 1 and (row1 - row0, col1 - col0) == self.shape
+        if whole and self.buffer is None and values.dtype == self.dtype_for(values.dtype):
+            self.buffer, self._dtype = values, values.dtype
+            self._staging.opened(self)
+            return True
+        self.stage(shard.box, values)
+        return False
+
+    def stage(self, box: Box, values: torch.Tensor):
+        """Let the values of a rectangle wait in the buffer."""
+        row0, row1, col0, col1 = box
+        self.open(values.dtype)[row0:row1, col0:col1].copy_(values)
+
+    def add_streamed(self, box: Box):
+        """A rectangle of whole groups is quantized."""
+        if self.streamed is None:
+            self.streamed = Coverage(self.shape)
+        self.streamed.add_box(box)
+
+    def spill(self, host: Arena) -> int:
+        """Move what was written and is not quantized to the host; returns its bytes."""
+        self.spilled, spilled = [], 0
+        for box in self.staged():
+            row0, row1, col0, col1 = box
+            waiting = host.take((row1 - row0, col1 - col0), self.buffer.dtype)
+            waiting.copy_(self.buffer[row0:row1, col0:col1], non_blocking=True)
+            self.spilled.append((box, waiting))
+            spilled += waiting.nbytes
+        self._gaps_are_zero = False
+        self.close()
+        return spilled
+
+    def close(self):
+        """Let go of the buffer."""
+        if self.buffer is not None:
+            self._staging.release(self.buffer)
+            self._staging.closed(self)
+            self.buffer = None
+
+    def staged(self, box: Box | None = None) -> list[Box]:
+        """The rectangles, of those in `box`, that are written but not quantized."""
+        written = self.coverage.written(box)
+        if self.streamed is None:
+            return written
+        return [gap for part in written for gap in self.streamed.missing(part)]
+
+    def staged_mask(self) -> torch.Tensor:
+        """Bool `[N, K]`: the elements that are written but not quantized. Not to be changed."""
+        mask = self.coverage.as_mask()
+        if self.streamed is not None:
+            mask = mask.clone()
+            for row0, row1, col0, col1 in self.streamed.written():
+                mask[row0:row1, col0:col1] = False
+        return mask
 
     def zero_gaps(self):
         """Give what was not written yet the value 0, so that reading it is at least deterministic."""
@@ -105,47 +176,70 @@ class Unit:
             self._zero_padding()
             self._gaps_are_zero = True
 
-    def finalize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize into the destination and let go of the buffer; returns this unit's codes and scales."""
-        buffer = self.open()
-        self._zero_padding()
-        device = self._staging.device
-        q, scale = self.tracked.destination(self.number, device)
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            quantize(buffer, self.scheme, out=(q, scale))
-        self._staging.release(buffer)
-        self.buffer, self.final = None, True
-        self.coverage = None
+    def finalize(self, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize what is not yet, and let go of the buffer; returns this unit's codes and scales.
+
+        Args:
+            amax: of the unit's groups, the shape of its scales, to use instead of its own.
+        """
+        staging = self._staging
+        if self.streamed is None:
+            self.open()
+            self._zero_padding()
+            q, scale = self.tracked.destination(self.number, staging.device)
+            with staging.on_device():
+                quantize(self.buffer, self.scheme, out=(q, scale), amax=amax)
+        else:
+            for box in self.streamed.missing():
+                row0, row1, col0, col1 = box
+                self.tracked.quantize(self.number, 1, box, self.open()[None, row0:row1, col0:col1])
+            q, scale = self.tracked.destination(self.number, staging.device)
+        self.close()
+        self.finished()
         return q, scale
 
-    def same_codes(self, values: torch.Tensor, boxes, mask: torch.Tensor | None) -> bool:
+    def finished(self):
+        """Nothing of it waits any more."""
+        self.final = True
+        self.tracked.num_open -= 1
+        self.coverage = self.streamed = None
+
+    def same_codes(self, values: torch.Tensor, box: Box, mask: torch.Tensor | None = None) -> bool:
         """Are these values, cast with the stored scales, the stored codes?
 
         Args:
-            values: `[N, K]`, of which only the elements in `boxes` count, or those where `mask` is true.
+            values: of the rectangle `box`.
+            mask: bool, the shape of the unit: only elements where it is true count.
         """
-        num_rows, num_cols = self.shape
-        block_n, block_k, _, numerics = self.scheme.quantize_args
+        row0, row1, col0, col1 = box
+        num_rows, num_cols = self.tracked.unit_logical
+        row1, col1 = min(row1, num_rows), min(col1, num_cols)
+        (group_n, group_k), (*block, _, numerics) = self.tracked.group, self.scheme.quantize_args
         q, scale = self.tracked.destination(self.number, self._staging.device)
-        used = rule(q.dtype, numerics, block_n, block_k)
-        scale = scale[None, None] if scale.ndim == 0 else scale
-        logical_rows, logical_cols = self.tracked.unit_logical
-        for row0, row1, col0, col1 in [(0, num_rows, 0, num_cols)] if boxes is None else boxes:
-            row1, col1 = min(row1, logical_rows), min(col1, logical_cols)
-            align = 1 if block_n == WHOLE else block_n
-            step = max(COMPARE_ELEMENTS // max(num_cols, 1) // align, 1) * align
-            for start in range(row0 // align * align, row1, step):
-                end = min(start + step, num_rows)
-                groups = slice(None) if block_n == WHOLE else slice(start // align, -(-end // align))
-                codes = cast(values[None, start:end], scale[None, groups], q.dtype, block_n, block_k, used)[0]
-                differ = codes.view(torch.uint8) != q[start:end].view(torch.uint8)
-                differ |= _exceeds(values[None, start:end], scale[None, groups], q.dtype, block_n, block_k)[0]
-                first, last = max(row0, start) - start, min(row1, end) - start
-                differ = differ[first:last, col0:col1]
-                if mask is not None:
-                    differ = differ & mask[start + first : start + last, col0:col1]
-                if bool(differ.any()):
-                    return False
+        used = rule(q.dtype, numerics, *block)
+        scale = scale.reshape(1, 1, 1) if scale.ndim == 0 else scale[None]
+        first_col = col0 // group_k * group_k
+        columns = slice(col0 // group_k, -(-col1 // group_k))
+        step = max(COMPARE_ELEMENTS // max(col1 - first_col, 1), 1)
+        if group_n < self.shape[0]:
+            step = -(-step // group_n) * group_n
+        start = row0 if group_n == self.shape[0] else row0 // group_n * group_n
+        while start < row1 and col0 < col1:
+            end = min(start + step, row1)
+            first = max(start, row0)
+            piece = values.new_zeros(1, end - start, col1 - first_col)
+            piece[0, first - start :, col0 - first_col :] = values[first - row0 : end - row0, : col1 - col0]
+            groups = slice(start // group_n, -(-end // group_n))
+            piece_scale = scale[:, groups, columns]
+            codes = cast(piece, piece_scale, q.dtype, *block, used).view(torch.uint8)
+            more = _exceeds(piece, piece_scale, q.dtype, *block)
+            codes, more = (x[0, first - start :, col0 - first_col :] for x in (codes, more))
+            differ = (codes != q[first:end, col0:col1].view(torch.uint8)) | more
+            if mask is not None:
+                differ &= mask[first:end, col0:col1]
+            if bool(differ.any()):
+                return False
+            start = end
         return True
 
     def _zero_padding(self):
@@ -170,12 +264,15 @@ class Tracked:
     Attributes:
         places: where it is registered; grows and shrinks when tensors are tied while they load.
         handle: the tensor as it was found, for writes that do not come through an op.
-        q, scale: the FP8 result, allocated when the first unit is final.
+        q, scale: the FP8 result, allocated when the first group is quantized.
         installed: the model already holds the result.
+        group: (rows, columns) that share a scale.
+        streams: groups are quantized as soon as they are whole; else nothing is before its unit is.
+        num_open: how many of its units are not final.
     """
 
     def __init__(self, entry: Entry, staging: Staging):
-        self.entry = entry
+        self.entry, self.staging = entry, staging
         self.q: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
         self.installed = False
@@ -186,19 +283,68 @@ class Tracked:
         self.base = first.storage_offset()
         self.unit_shape, self.unit_logical = _unit_shapes(entry, first)
         self.unit_numel = math.prod(self.unit_shape)
+        self.group = self.unit_shape
+        if entry.scheme:
+            block = entry.scheme.block
+            self.group = tuple(n if b == WHOLE else b for n, b in zip(self.unit_shape, block, strict=True))
+        # Padding has to be in the groups that it shares a scale with.
+        self.streams = bool(entry.scheme and entry.stream and entry.logical == entry.shape and self.unit_numel)
         self.units = [Unit(self, i, staging) for i in range(entry.num_units if entry.scheme else 1)]
+        self.num_open = len(self.units)
         if not entry.scheme:
             self.units[0].buffer = first
 
     @property
     def final(self) -> bool:
         """Are all units final?"""
-        return all(unit.final for unit in self.units)
+        return not self.num_open
 
     @property
     def modules(self) -> list[torch.nn.Module]:
         """The modules that hold it, each once."""
         return list(dict.fromkeys(place.module for place in self.places))
+
+    def whole_groups(self, box: Box) -> Box | None:
+        """The part of a rectangle of a unit that is made of whole groups; None if there is none."""
+        (num_rows, num_cols), (group_n, group_k) = self.unit_shape, self.group
+        row0, row1, col0, col1 = box
+        row0, col0 = -(-row0 // group_n) * group_n, -(-col0 // group_k) * group_k
+        row1 = row1 if row1 == num_rows else row1 // group_n * group_n
+        col1 = col1 if col1 == num_cols else col1 // group_k * group_k
+        return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
+
+    def quantize(self, first: int, count: int, box: Box, values: torch.Tensor) -> Box:
+        """Quantize what whole groups a rectangle of neighbouring units has, in one launch; returns where they are.
+
+        Args:
+            values: `[count, rows, columns]`.
+        """
+        whole = self.whole_groups(box)
+        if whole != box:
+            row0, row1, col0, col1 = whole
+            values = values[:, row0 - box[0] : row1 - box[0], col0 - box[2] : col1 - box[2]]
+        self.allocate(self.staging.device)
+        with self.staging.on_device():
+            quantize(values, self.entry.scheme, out=self.result_of(first, count, whole))
+        return whole
+
+    def result_of(self, first: int, count: int, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `[count, rows, columns]` and scales of one rectangle of whole groups of neighbouring units."""
+        row0, row1, col0, col1 = box
+        q, scale, (group_n, group_k) = self.q, self.scale, self.group
+        *unit, row, col = q.stride()
+        start = q.storage_offset() + row0 * row + col0 * col
+        if unit:
+            start += first * unit[0]
+        q = q.as_strided((count, row1 - row0, col1 - col0), (unit[0] if unit else 0, row, col), start)
+        if scale.ndim < 2:  # one a unit
+            return q, scale.reshape(-1)[first : first + count]
+        row0, row1, col0, col1 = row0 // group_n, -(-row1 // group_n), col0 // group_k, -(-col1 // group_k)
+        *unit, row, col = scale.stride()
+        start = scale.storage_offset() + row0 * row + col0 * col
+        if unit:
+            start += first * unit[0]
+        return q, scale.as_strided((count, row1 - row0, col1 - col0), (unit[0] if unit else 0, row, col), start)
 
     def destination(self, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of one unit, to write into."""
@@ -209,9 +355,10 @@ class Tracked:
         """Make the FP8 result, if it is not there yet."""
         if self.q is None:
             entry = self.entry
-            self.q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=device)
-            scale_shape = entry.scheme.scale_shape(entry.shape)
-            self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=device)
+            with torch.inference_mode(False):  # it outlives the engine's context
+                self.q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=device)
+                scale_shape = entry.scheme.scale_shape(entry.shape)
+                self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=device)
 
     def region(self, t: torch.Tensor, itemsize: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """A view of the tracked storage as (offset, sizes, strides) in elements of the parameter.

@@ -18,7 +18,7 @@ def call(func, info: OpInfo, args, kwargs, targets: list[Target], buffers: list[
         device: where staged data is.
     """
     if info.is_copy and len(targets) == 1 and targets[0].written and args[1] is not args[0]:  # nearly always
-        with _named(func, targets):
+        with named(func, targets):
             func(targets[0].view(buffers[0]), *args[1:], **kwargs)
         return args[0]
     views = {id(t.tensor): t.view(b) for t, b in zip(targets, buffers, strict=True)}
@@ -43,7 +43,7 @@ def call(func, info: OpInfo, args, kwargs, targets: list[Target], buffers: list[
         return x
 
     args, kwargs = real(args), {key: real(value) for key, value in kwargs.items()}
-    with _named(func, targets):
+    with named(func, targets):
         result = func(*args, **kwargs)
     for target in targets:
         if target.written and views[id(target.tensor)].shape != target.tensor.shape:
@@ -87,9 +87,9 @@ def refuse(info: OpInfo, args, kwargs, targets: list[Target]):
         )
 
 
-def split(args, target: Target):
-    """The arguments of one `copy_`, `fill_` or `zero_` to several experts as one set for each, so that each can be
-    finished at once; None where the view does not fall apart at experts."""
+def split(args, target: Target, step: int):
+    """The arguments of one `copy_`, `fill_` or `zero_` to several experts as one set for every `step` of them, so that
+    these can be finished at once; None where the view does not fall apart at experts."""
     t, source = args[0], args[1] if len(args) > 1 else None
     numel = target.tracked.unit_numel * target.itemsize // t.element_size()
     is_tensor = isinstance(source, torch.Tensor) and source.ndim > 0
@@ -97,11 +97,16 @@ def split(args, target: Target):
         source = source.expand(t.shape)
     dim = next((d for d, s in enumerate(t.stride()) if s and s % numel == 0 and t.size(d) > 1), None)
     if dim is not None:
-        parts = [(t.select(dim, i), source.select(dim, i) if is_tensor else source) for i in range(t.size(dim))]
+        starts = [(i, min(step, t.size(dim) - i)) for i in range(0, t.size(dim), step)]
+        if step == 1:
+            parts = [(t.select(dim, i), source.select(dim, i) if is_tensor else source) for i, _ in starts]
+        else:
+            parts = [(t.narrow(dim, *p), source.narrow(dim, *p) if is_tensor else source) for p in starts]
     elif t.is_contiguous():
         flat, start = t.view(-1), target.offset * target.itemsize // t.element_size()
         source = source.reshape(-1) if is_tensor else source
-        edges = [0, *range(numel - start % numel, flat.numel(), numel), flat.numel()]
+        first = numel - start if start else step * numel
+        edges = [0, *range(first, flat.numel(), step * numel), flat.numel()]
         pairs = zip(edges, edges[1:], strict=False)
         parts = [(flat[a:b], source[a:b] if is_tensor else source) for a, b in pairs]
     else:
@@ -119,7 +124,7 @@ def source_dtype(target: Target, info: OpInfo, args, targets: list[Target]) -> t
     return args[1].dtype if args[1].is_floating_point() else None
 
 
-class _named:
+class named:
     """Errors of torch inside it name the parameters."""
 
     __slots__ = ("func", "targets")

@@ -45,6 +45,40 @@ class Target:
         if self.first == last:
             self.region = Region(self.tracked.unit_shape, self.offset, self.sizes, self.strides)
 
+    def meets(self, box: Box) -> bool:
+        """May the view have an element of that rectangle of its units?"""
+        if self.region is not None:
+            boxes = self.region.boxes
+        else:
+            found = self.rectangle()
+            boxes = found and [found[0]]
+        return boxes is None or any(a[0] < box[1] and box[0] < a[1] and a[2] < box[3] and box[2] < a[3] for a in boxes)
+
+    def rectangle(self) -> tuple[Box, tuple[int, ...]] | None:
+        """The view as one rectangle, the same one in each of its units: the rectangle, and the view's strides in a
+        contiguous `[units, rows, columns]` of only that. None where it is not of that form."""
+        num_cols, numel, count = self.tracked.unit_shape[1], self.tracked.unit_numel, len(self.units)
+        sizes, strides, region = self.sizes, self.strides, self.region
+        if count > 1:
+            if canonical(sizes, strides) == [(count * numel, 1)] and not self.offset:
+                return (0, numel // num_cols, 0, num_cols), strides
+            dim = next((d for d, n in enumerate(sizes) if n == count and strides[d] == numel), None)
+            if dim is None:
+                return None
+            inner = sizes[:dim] + sizes[dim + 1 :], strides[:dim] + strides[dim + 1 :]
+            if self.offset + sum((n - 1) * s for n, s in zip(*inner, strict=True)) >= numel:
+                return None
+            region = Region(self.tracked.unit_shape, self.offset, *inner)
+        if region is None or region.boxes is None or len(region.boxes) != 1:
+            return None
+        (box,) = region.boxes
+        num_rows, width = box[1] - box[0], box[3] - box[2]
+        if width != num_cols:
+            strides = tuple(s // num_cols * width if s % num_cols == 0 else s for s in strides)
+        if count > 1:
+            strides = (*strides[:dim], num_rows * width, *strides[dim + 1 :])
+        return box, strides
+
     @property
     def in_elements(self) -> bool:
         """Does the caller see the parameter's own elements (and not their bytes, say)?"""
@@ -63,13 +97,13 @@ class Target:
         if not entry.scheme:
             return t
         if self.in_elements:
-            return buffer.as_strided(self.sizes, self.strides, self.offset)
+            return buffer.as_strided(self.sizes, self.strides, buffer.storage_offset() + self.offset)
         if buffer.dtype != entry.dtype:
             raise LoadError(
                 f"`{entry.name}` is held in {buffer.dtype}, as its data arrived, and cannot be seen as {t.dtype}: copy "
                 f"its data as {entry.dtype}, or without changing the parameter's dtype"
             )
-        offset = self.offset * buffer.element_size()
+        offset = (buffer.storage_offset() + self.offset) * buffer.element_size()
         if offset % t.element_size():
             raise LoadError(f"`{entry.name}` cannot be seen as {t.dtype} from byte {offset} on")
         flat = torch.empty(0, dtype=t.dtype, device=buffer.device)

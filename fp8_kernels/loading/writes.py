@@ -1,26 +1,24 @@
-"""Carrying out the reads and writes of tracked tensors: on real memory, recorded, and finished in time.
-
-A unit that became complete stays open until its thread writes to another unit: composed loaders copy a weight and
-then write a function of it back. So a thread holds one complete unit and one that is being filled; more only where
-one op writes several at once.
-"""
+"""Carrying out the reads and writes of tracked tensors: on real memory, recorded, and finished in time."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import torch
 
 from ..errors import ConflictingShardError, LoadError
+from ..ops import WEIGHT_DTYPES
+from .hands import Hands, around, part
 from .op_info import OpInfo, op_info
 from .report import Report
-from .staging import COMPARE_ELEMENTS, Staging, Tracked, Unit
-from .substitute import call, refuse, source_dtype, split
+from .staging import COMPARE_ELEMENTS, Shard, Staging, Tracked, Unit
+from .substitute import call, named, refuse, source_dtype, split
 from .target import Target
 
-_SPLIT = {"copy_", "fill_", "zero_"}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_COPIES = {"copy_", "fill_", "zero_"}
+CHUNK_BYTES = 16 << 20  # of experts that arrive in one copy and are quantized in one launch
 
 
 class Writes:
@@ -40,12 +38,11 @@ class Writes:
         self.report = report
         self.error: LoadError | None = None  # the first, in case the engine's own code swallows it
         self.has_tied_real = False
-        self._on_unit, self._on_final, self._progress = on_unit, on_final, progress
+        self._hands = Hands(report, on_unit, on_final, progress)
         self._lock = threading.RLock()
         self._by_storage: dict[int, tuple[Tracked, int]] = {}
         self._storages: list[torch.UntypedStorage] = []  # alive, so that no other storage takes their address
         self._frozen: dict[int, str] = {}  # storages that nothing may write, by the names of what they hold
-        self._held: dict[int, list[Unit]] = {}  # thread -> the units that its last write completed
 
     def track(self, tracked: Tracked, t: torch.Tensor):
         """From now on, what is written to the storage of `t` is a shard of `tracked`."""
@@ -82,9 +79,64 @@ class Writes:
         target = self.find(t, written=False)
         return target and target.tracked
 
+    def take(self, t: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
+        """`t.copy_(source)` in the usual case: whole elements of one unit, row by row, none of which was written
+        before. Returns False, and has done nothing, in every other one.
+
+        `run` does the same for any op; this is what a shard costs where there are thousands of them.
+        """
+        known = self._by_storage.get(t.untyped_storage()._cdata)
+        if known is None:
+            return False
+        tracked, dtype, shape = known[0], source.dtype, t.shape
+        num_rows, num_cols = tracked.unit_shape
+        if (
+            tracked.entry.scheme is None
+            or len(shape) != 2
+            or shape != source.shape
+            or t.dtype is not tracked.entry.dtype
+            or dtype not in WEIGHT_DTYPES
+            or t.stride() != (num_cols, 1)
+            or not (t.is_meta and type(source) in _PLAIN and source.layout is torch.strided and t.numel())
+            or source.is_meta
+            or ((source.requires_grad or t.requires_grad) and torch.is_grad_enabled())
+        ):
+            return False
+        number, start = divmod(t.storage_offset() - tracked.base, tracked.unit_numel)
+        row0, col0 = divmod(start, num_cols)
+        box = row0, row1, col0, col1 = row0, row0 + shape[0], col0, col0 + shape[1]
+        if row1 > num_rows or col1 > num_cols:
+            return False
+        unit, staging = tracked.units[number], self.staging
+        with self._lock:
+            if unit.final or unit.coverage.overlap_box(box):
+                return False
+            staging.follow()
+            staging.in_use = units = (unit,)
+            self._hands.let_go(units)
+            dtype = unit.dtype_for(dtype)
+            if tracked.streams and tracked.whole_groups(box) is not None:
+                buffer = staging.empty((1, row1 - row0, col1 - col0), dtype)
+                try:
+                    buffer.copy_(source, non_blocking)
+                except BaseException:
+                    staging.release(buffer)
+                    raise
+                unit.coverage.add_box(box)
+                self._hands.hold(Shard(tracked, number, 1, box, buffer))
+            else:
+                unit.open(dtype)[row0:row1, col0:col1].copy_(source, non_blocking)
+                unit.coverage.add_box(box)
+                unit.read_since_write = False
+                self._hands.hold_units(units)
+            self.report.shards += 1
+            self.report.bytes_in += source.nbytes
+        return True
+
     def run(self, func, info: OpInfo, args, kwargs, targets: list[Target]):
         """Carry out an op that reads or writes tracked tensors; returns what the op returns."""
         with self._lock:
+            self.staging.follow()
             try:
                 return self._run(func, info, args, kwargs, targets)
             except LoadError as error:
@@ -109,53 +161,171 @@ class Writes:
         """Finish a unit that no write completed; what is not written of it is 0."""
         if unit.scheme is not None:
             unit.zero_gaps()
-            self._finish(unit)
+            self._hands.finish(unit)
         else:
-            self._pass(unit)
+            self._hands.pass_through(unit)
+
+    def let_go(self):
+        """Quantize what this thread holds open, so far as it can be."""
+        with self._lock:
+            self.staging.follow()
+            self.staging.in_use = ()
+            self._hands.let_go()
 
     def flush(self):
         """Finish every unit that is complete."""
         with self._lock:
-            for thread in list(self._held):
-                for unit in self._held.pop(thread):
-                    self._finish(unit)
+            self.staging.follow()
+            self.staging.in_use = ()
+            self._hands.flush()
 
     # Reading and writing.
 
-    def _run(self, func, info, args, kwargs, targets):
+    def _run(self, func, info, args, kwargs, targets, also=()):
+        """
+        Args:
+            also: units that this op is about too: it is a part of one that was split.
+        """
         for target in targets:
             target.locate()
+        self.staging.in_use = units = [unit for target in targets for unit in target.units]
         written = [t for t in targets if t.written]
         if not written:
+            self._settle(targets)
             buffers = [self._readable(t) for t in targets]
             result = call(func, info, args, kwargs, targets, buffers, self.device)
             self._release(targets, buffers)
             return result
         refuse(info, args, kwargs, targets)
-        if len(written) == 1 and len(written[0].units) > 1 and info.name in _SPLIT:
-            parts = split(args, written[0])
-            if parts:
-                for part in parts:
-                    self.run(func, info, part, kwargs, self._targets_of(part))
-                return args[0]
         quantized = [t for t in written if t.tracked.entry.scheme]
+        if quantized and len(targets) == 1 and info.name in _COPIES:
+            chunk = self._chunk(written[0])
+            if len(units) <= chunk and self._stream(func, info, args, kwargs, written[0], also):
+                return args[0]
+            if len(units) > 1:
+                parts = split(args, written[0], chunk if len(units) > chunk else 1)
+                if parts:
+                    self._settle(targets)
+                    held = [unit for unit in self._hands.mine().units if unit in units] or also
+                    for part_args in parts:
+                        self._run(func, info, part_args, kwargs, self._targets_of(part_args), held)
+                    return args[0]
         if any(unit.final for t in quantized for unit in t.units):
             return self._verify(func, info, args, kwargs, targets)
         if quantized:  # what this op reads is let go after it
-            self._let_go([unit for t in targets for unit in t.units])
+            self._settle(targets)
+            self._hands.let_go([*units, *also])
         before = [self._before(t, info, args, kwargs) for t in written]
         buffers = [self._writable(t, info, args, kwargs, targets) if t.written else self._readable(t) for t in targets]
         result = call(func, info, args, kwargs, targets, buffers, self.device)
-        completed = []
         for target, seen in zip(written, before, strict=True):
             if seen is not None:
                 seen.append(str(target))
-            completed += self._record(target, info, args, buffers[targets.index(target)])
+            self._record(target, info, args, buffers[targets.index(target)])
         self._release(targets, buffers)
-        if completed:
-            self._let_go(completed)
-            self._held[threading.get_ident()] = completed
+        self._hands.hold_units(unit for t in quantized for unit in t.units)
         return result
+
+    def _settle(self, targets):
+        """What threads hold open of the targets' elements goes where it can be read and changed."""
+        for target in targets:
+            for unit in target.units if target.tracked.entry.scheme else ():
+                for shard in list(unit.shards):
+                    if target.meets(shard.box):
+                        self._hands.keep(shard)
+
+    def _refuse_streamed(self, target):
+        """Raise where elements that an op has to see are quantized already."""
+        for unit in target.units:
+            if unit.streamed is not None and any(map(target.meets, unit.streamed.written())):
+                raise _streamed_error(target, unit, "cannot be read")
+
+    def _chunk(self, target):
+        """How many units one launch takes."""
+        tracked = target.tracked
+        if not tracked.streams or not target.units:
+            return 1
+        elements = max(target.tensor.numel() // len(target.units), 1)
+        return max(CHUNK_BYTES // (elements * tracked.entry.dtype.itemsize), 1)
+
+    def _stream(self, func, info, args, kwargs, target, also):
+        """Take a copy into a rectangle of units as a shard, held open and then quantized without their buffers;
+        returns whether it could be."""
+        tracked, units = target.tracked, target.units
+        if not tracked.streams or not units or not target.in_elements or any(unit.final for unit in units):
+            return False
+        found = target.rectangle()
+        if found is None or tracked.whole_groups(found[0]) is None and units[0].streamed is None:
+            return False
+        box, strides = found
+        overlap = any(unit.coverage.overlap_box(box) for unit in units)
+        if overlap and len(units) > 1:
+            return False
+        if overlap:
+            self._settle([target])
+            if units[0].streamed is None or not units[0].streamed.overlap_box(box):
+                return False
+        elif tracked.whole_groups(box) is None:
+            return False
+        self._hands.let_go([*units, *also])
+        buffer = self._arrive(func, info, args, kwargs, target, box, strides)
+        self._count(target, info, args)
+        if overlap:
+            self._replace(target, units[0], box, buffer)
+            self.staging.release(buffer)
+        else:
+            for unit in units:
+                unit.coverage.add_box(box)
+            self._hands.hold(Shard(tracked, target.first, len(units), box, buffer))
+        return True
+
+    def _arrive(self, func, info, args, kwargs, target, box, strides):
+        """What a copy writes into a rectangle of units, as a buffer `[units, rows, columns]` of its own."""
+        dtype = target.units[0].dtype_for(source_dtype(target, info, args, [target]))
+        buffer = self.staging.empty((len(target.units), box[1] - box[0], box[3] - box[2]), dtype)
+        try:
+            with named(func, [target]):
+                func(buffer.as_strided(target.sizes, strides, buffer.storage_offset()), *args[1:], **kwargs)
+        except BaseException:
+            self.staging.release(buffer)
+            raise
+        return buffer
+
+    def _replace(self, target, unit, box, buffer):
+        """Values for a rectangle of which some is quantized: its whole groups are quantized again, and those that it
+        has a part of have to stay as they are."""
+        values, whole = buffer[0], unit.tracked.whole_groups(box)
+        edges = around(whole, box) if whole else [box]
+        for edge in edges:
+            for inner in unit.streamed.written(edge):
+                if not unit.same_codes(part(values, box, inner), inner):
+                    raise _streamed_error(target, unit, "cannot be changed in part")
+        changed = False
+        for inner in unit.staged(box):
+            held = unit.open()[inner[0] : inner[1], inner[2] : inner[3]]
+            changed = changed or not torch.equal(held, part(values, box, inner).to(held.dtype))
+        for edge in edges:
+            for inner in unit.streamed.missing(edge):
+                unit.stage(inner, part(values, box, inner))
+        if whole:
+            changed = self._quantize_again(unit, whole, part(values, box, whole)) or changed
+            unit.add_streamed(whole)
+        if changed and target.tied and unit.coverage.complete:
+            raise _tied_conflict(target)
+        (self.report.rewrites if changed else self.report.duplicates).append(str(target))
+        unit.coverage.add_box(box)
+        self._hands.hold_units([unit])
+
+    def _quantize_again(self, unit, box, values):
+        """Quantize whole groups; returns whether codes or scales of those that were quantized already have changed."""
+        tracked = unit.tracked
+        results = [tracked.result_of(unit.number, 1, inner) for inner in unit.streamed.written(box)]
+        before = [(q.clone(), scale.clone()) for q, scale in results]
+        tracked.quantize(unit.number, 1, box, values[None])
+        return not all(
+            torch.equal(_bytes(q), _bytes(new_q)) and torch.equal(_bytes(scale), _bytes(new_scale))
+            for (q, scale), (new_q, new_scale) in zip(before, results, strict=True)
+        )
 
     def _readable(self, target):
         """Real memory that holds what was written to the target's units."""
@@ -167,6 +337,7 @@ class Writes:
                 f"`{target.tracked.entry.name}` cannot be read: it is quantized already. A loader may read a weight "
                 "until it writes another one; name the weight in `ignore` if it must be read later"
             )
+        self._refuse_streamed(target)
         for unit in target.units:
             unit.zero_gaps()
             unit.read_since_write = True
@@ -176,6 +347,8 @@ class Writes:
         """Real memory for an op to write into."""
         if not target.tracked.entry.scheme:
             return target.tensor
+        if not info.replaces(args, kwargs):
+            self._refuse_streamed(target)
         for unit in target.units:
             if not info.replaces(args, kwargs):
                 unit.zero_gaps()
@@ -213,10 +386,7 @@ class Writes:
         if not self._changes(target, unit, info, args, whole=count == target.region.numel):
             return self.report.duplicates
         if target.tied and info.replaces(args, kwargs) and unit.coverage.complete and not unit.read_since_write:
-            raise ConflictingShardError(
-                f"{target}: other values arrived before; it is one tensor under the names "
-                f"{', '.join(f'`{name}`' for name in target.tracked.entry.names)}"
-            )
+            raise _tied_conflict(target)
         return self.report.rewrites
 
     def _changes(self, target, unit, info, args, whole):
@@ -229,11 +399,11 @@ class Writes:
             return True
         if value.is_meta:  # another tracked tensor
             return True
-        view = target.view(unit.buffer)
+        view, whole = target.view(unit.open()), whole and unit.streamed is None
         if not whole and view.shape != target.sizes:
             return True
         value = value.expand(view.shape)
-        written = None if whole else target.region.of(unit.coverage.as_mask())
+        written = None if whole else target.region.of(unit.staged_mask())
         if not view.ndim:
             view, value = view[None], value[None]
             written = written if written is None else written[None]
@@ -246,26 +416,29 @@ class Writes:
         return False
 
     def _record(self, target, info, args, buffer):
-        """Note what a write has written; returns the quantized units that are complete now."""
+        """Note what a write has written."""
         self._count(target, info, args)
-        if len(target.units) == 1 and info.mark is None:
+        streamed = any(unit.streamed is not None for unit in target.units)
+        if len(target.units) == 1 and info.mark is None and not streamed:
             (unit,) = target.units
             unit.coverage.add(target.region)
         elif target.units:
             written = self._written_mask(target, info, args)
             for i, unit in enumerate(target.units):
+                values = buffer[i] if len(target.units) > 1 else buffer
+                for box in unit.streamed.written() if unit.streamed is not None else ():
+                    if not unit.same_codes(part(values, (0, 0, 0, 0), box), box, written[i]):
+                        raise _streamed_error(target, unit, "cannot be changed in part")
                 if len(target.units) > 1:
                     unit.open(buffer.dtype).copy_(buffer[i])
-                unit.coverage.add_mask(written[i])
-        completed = []
+                if target.region is not None and info.mark is None:
+                    unit.coverage.add(target.region)
+                else:
+                    unit.coverage.add_mask(written[i])
         for unit in target.units:
             unit.read_since_write = False
-            if not unit.final and unit.coverage.complete:
-                if unit.scheme is None:
-                    self._pass(unit)
-                else:
-                    completed.append(unit)
-        return completed
+            if unit.scheme is None and not unit.final and unit.coverage.complete:
+                self._hands.pass_through(unit)
 
     def _count(self, target, info, args):
         source = args[1] if info.is_copy and isinstance(args[1], torch.Tensor) else target.tensor
@@ -294,14 +467,19 @@ class Writes:
         if len(written) > 1 or len(target.units) > 1 or not info.replaces(args, kwargs):
             raise LoadError(f"{target} is quantized already; {info.name} cannot change it")
         (unit,) = target.units
-        self._let_go([unit])
-        values = self.staging.empty(unit.shape, unit.dtype_for(source_dtype(target, info, args, targets)))
-        buffers = [values if t is target else self._readable(t) for t in targets]
-        result = call(func, info, args, kwargs, targets, buffers, self.device)
-        self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
-        boxes = target.region.boxes
-        mask = None if boxes is not None and info.mark is None else self._written_mask(target, info, args)[0]
-        same = unit.same_codes(values, boxes if mask is None else None, mask)
+        self._hands.let_go([unit])
+        rectangle = target.rectangle() if info.name in _COPIES and target.in_elements and len(targets) == 1 else None
+        if rectangle is not None:
+            box, strides = rectangle
+            values, result = self._arrive(func, info, args, kwargs, target, box, strides)[0], args[0]
+            same = unit.same_codes(values, box)
+        else:
+            values = self.staging.empty(unit.shape, unit.dtype_for(source_dtype(target, info, args, targets)))
+            buffers = [values if t is target else self._readable(t) for t in targets]
+            result = call(func, info, args, kwargs, targets, buffers, self.device)
+            self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
+            mask = self._written_mask(target, info, args)[0]
+            same = unit.same_codes(values, (0, unit.shape[0], 0, unit.shape[1]), mask)
         self.staging.release(values)
         if not same:
             raise ConflictingShardError(f"{target}: it is quantized already, and other values arrived now")
@@ -309,36 +487,22 @@ class Writes:
         self.report.duplicates.append(str(target))
         return result
 
-    # Finishing.
-
-    def _let_go(self, units):
-        """This thread turns to these units: what else it held open is finished."""
-        held = self._held.get(threading.get_ident())
-        if held and units and any(unit not in units for unit in held):
-            self._held[threading.get_ident()] = [unit for unit in held if unit in units]
-            for unit in held:
-                if unit not in units:
-                    self._finish(unit)
-
-    def _pass(self, unit):
-        unit.final = True
-        self._progress(unit)
-        self._on_final(unit.tracked)
-
-    def _finish(self, unit):
-        if unit.final:  # two threads held it
-            return
-        started = time.perf_counter()
-        q, scale = unit.finalize()
-        self.report.quantized_units += 1
-        phases = self.report.seconds_by_phase
-        phases["quantize"] = phases.get("quantize", 0.0) + time.perf_counter() - started
-        if self._on_unit is not None:
-            self._on_unit(unit, q, scale)
-        self._progress(unit)
-        if unit.tracked.final:
-            self._on_final(unit.tracked)
-
     def _targets_of(self, args):
         found = (self.find(x, written=i == 0) for i, x in enumerate(args) if isinstance(x, torch.Tensor))
         return [target for target in found if target]
+
+
+def _streamed_error(target, unit, what):
+    return LoadError(
+        f"{target} {what}: it is quantized already, as it arrived. For a loader that needs that, name the weight: "
+        f"`stream={{{unit.name!r}: False}}`"
+    )
+
+
+def _bytes(t):
+    return t.contiguous().view(torch.uint8)
+
+
+def _tied_conflict(target):
+    names = ", ".join(f"`{name}`" for name in target.tracked.entry.names)
+    return ConflictingShardError(f"{target}: other values arrived before; it is one tensor under the names {names}")

@@ -311,10 +311,10 @@ def test_units_in_any_order_are_counted_in_the_peak():
             for p in params.values():
                 p.data[rows].copy_(w[rows])
 
-    loader = load(model, loading)
+    loader = load(model, loading, "per_tensor")
     assert loader.report.peak_staging_bytes == 3 * w.nbytes
     for name in "abc":
-        assert_quantized(model, f"{name}.weight", w)
+        assert_quantized(model, f"{name}.weight", w, "per_tensor")
 
 
 def test_temporary_buffers_are_given_back():
@@ -342,7 +342,7 @@ def test_temporary_buffers_are_given_back():
             p[:, 1:].mul_(1)
         p[:, 0].copy_(w[:, 0])
 
-    assert load(model, read_again).report.peak_staging_bytes <= 16 * unit
+    assert load(model, read_again, stream=False).report.peak_staging_bytes <= 16 * unit
 
 
 def test_worker_threads():
@@ -397,8 +397,7 @@ def test_report_and_progress():
     assert report.bytes_in == loader.plan.bytes_in
     held = {t.untyped_storage()._cdata: t.nbytes for t in model.state_dict().values()}
     assert report.bytes_out == sum(held.values())
-    # 4 whole experts' writes are split: one shard each.
-    assert report.shards == len(state) - 2 + 6
+    assert report.shards == len(state)
     done = [step[0] for step in steps]
     assert done == sorted(done) and done[-1] == steps[-1][1] == report.bytes_in
     assert {step[2] for step in steps} >= {"fc.weight", "experts.w13[2]", "norm.bias"}

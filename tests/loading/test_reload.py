@@ -399,7 +399,7 @@ def test_memory_of_a_reload():
     for mode, expected in (("streaming", 0), ("transactional", resident)):
         with LayerwiseLoader(model, reload=mode, on_module=lambda module: None):
             copy_in(model, new_state(2))
-            model.norm.weight.data.copy_(model.norm.weight.data)  # turn to another weight: the last one is quantized
+            model.fc.weight.data.copy_(new_state(2)["fc.weight"])  # turn to another weight: the last one is quantized
             held = sum(size for storage, size in codes().items() if storage not in before)
             assert held == expected
         assert codes() == before

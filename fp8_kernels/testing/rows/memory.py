@@ -16,6 +16,7 @@ from .too_early import rows_of
 
 SHAPE = (256, 1024)
 UNIT = 256 * 1024 * 2  # bytes of such a weight in bf16
+TOGETHER = 16 << 20  # experts that arrive together may be quantized together: bytes of as many
 SMALL = 4 << 20  # what a load may need beside units: records, and the fp32 temporaries of a piece on the CPU
 
 
@@ -92,8 +93,10 @@ def whole_layer_moe_unit(scheme):
     ]
     limits = {"retained_bytes": 0, "excess_bytes": 3 * UNIT + SMALL}
     yield Draft("", {"experts": (16, *SHAPE)}, Load(writes, {"experts.weight": w}, **limits))
-    load = Load([Write("experts.weight", lambda: w)], {"experts.weight": w}, **limits)
-    yield Draft("in_one_copy", {"experts": (16, *SHAPE)}, load)
+    together = values(48, *SHAPE)
+    limits["excess_bytes"] = TOGETHER + SMALL
+    load = Load([Write("experts.weight", lambda: together)], {"experts.weight": together}, **limits)
+    yield Draft("in_one_copy", {"experts": (48, *SHAPE)}, load)
 
 
 @row("D", "none as large as a weight: peers need up to 15 bytes an element")

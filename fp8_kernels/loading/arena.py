@@ -1,0 +1,228 @@
+"""Memory for high-precision data: buffers carved out of a few large allocations.
+
+A load takes and gives back thousands of buffers of a handful of sizes while the FP8 model is allocated between them.
+Left to torch's allocator they would split each other's blocks, and reserved memory would grow past the sum of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .staging import Unit
+
+ALIGNMENT = 512  # bytes; of every buffer's start
+SMALLEST_BUDGET = 256 << 20
+HOST_SLAB = 64 << 20
+
+
+class Staging:
+    """High-precision buffers within a budget of device memory; beyond it the oldest open units wait on the host.
+
+    Args:
+        device: where units are quantized.
+        largest_unit: high-precision bytes of the largest unit.
+        budget: bytes; by default the larger of 256 MiB and two of the largest units. One op's own data is always
+            held, whatever the budget.
+
+    Attributes:
+        in_use: units that the running op needs: they do not spill.
+        spills, spilled_bytes: how often a unit went to the host, and the bytes that did.
+    """
+
+    def __init__(self, device: torch.device, largest_unit: int = 0, budget: int | None = None):
+        self.device = device
+        self.budget = max(SMALLEST_BUDGET, 2 * largest_unit) if budget is None else budget
+        self.in_use: Iterable[Unit] = ()
+        self.spills = self.spilled_bytes = 0
+        self._arena = Arena(device, self.budget, largest_unit)
+        self._host = Arena(torch.device("cpu"), first=HOST_SLAB, pin=device.type == "cuda")
+        self._open: dict[Unit, None] = {}  # those with a buffer, oldest first
+        self._stream = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of device buffers that are out."""
+        return self._arena.bytes
+
+    @property
+    def peak(self) -> int:
+        """The most that `bytes` has been."""
+        return self._arena.peak
+
+    def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised buffer; give it back with `release`."""
+        buffer = self._arena.take(shape, dtype)
+        while buffer is None:
+            unit = next((unit for unit in self._open if unit not in self.in_use), None)
+            if unit is None:
+                return self._arena.take(shape, dtype, beyond_limit=True)
+            self.spilled_bytes += unit.spill(self._host)
+            self.spills += 1
+            buffer = self._arena.take(shape, dtype)
+        return buffer
+
+    def release(self, buffer: torch.Tensor):
+        """Take a buffer back; it is used again for what is enqueued later."""
+        self._arena.give(buffer)
+
+    def opened(self, unit: Unit):
+        """The unit has a buffer now, and is the youngest."""
+        self._open[unit] = None
+
+    def closed(self, unit: Unit):
+        """The unit has no buffer any more."""
+        self._open.pop(unit, None)
+
+    def restore(self, unit: Unit, buffer: torch.Tensor):
+        """Bring back what of the unit waits on the host."""
+        for (row0, row1, col0, col1), waiting in unit.spilled:
+            buffer[row0:row1, col0:col1].copy_(waiting, non_blocking=True)
+            self._host.give(waiting)
+        unit.spilled = None
+
+    def close(self):
+        """Give all memory back; nothing can be staged any more."""
+        self._arena = self._host = None
+        self._open.clear()
+
+    def follow(self):
+        """Let the current stream come after the one that used the buffers before, if that was another."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self._stream:
+                if self._stream is not None:
+                    stream.wait_stream(self._stream)
+                self._stream = stream
+
+    def on_device(self) -> contextlib.AbstractContextManager:
+        """Kernels launched inside go to the device, whatever the thread's current one is."""
+        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+            return torch.cuda.device(self.device)
+        return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+class Arena:
+    """Buffers out of slabs that are allocated when they are first needed and kept until the arena goes.
+
+    Each slab is as large as all slabs before it, so an orderly load stays small and few slabs reach any limit.
+
+    Args:
+        device: of the memory.
+        limit: bytes of all slabs at most; `None` for no limit.
+        first: bytes of the first slab, unless a larger buffer is asked for.
+        pin: page-locked host memory.
+
+    Attributes:
+        bytes, peak: bytes of the buffers that are out, now and at most.
+        reserved: bytes of all slabs.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None = None, first: int = 1 << 20, pin: bool = False):
+        self.device, self.limit, self.first, self.pin = device, limit, first, pin
+        self.bytes = self.peak = self.reserved = 0
+        self._slabs: list[_Slab] = []
+        self._out: dict[int, tuple[_Slab | None, int, int, int]] = {}  # address -> slab, start, end, bytes
+
+    def take(self, shape, dtype: torch.dtype, beyond_limit: bool = False) -> torch.Tensor | None:
+        """An uninitialised contiguous buffer; None if the limit leaves no room.
+
+        Args:
+            beyond_limit: allocate one apart where the limit leaves no room.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if not nbytes:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        for slab in self._slabs:
+            start = slab.take(size)
+            if start is not None:
+                break
+        else:
+            slab, start = self._grow(size), 0
+            if slab is None and not beyond_limit:
+                return None
+        if slab is None:
+            buffer = self._allocate(shape, dtype)
+        else:
+            strides, stride = [], 1
+            for extent in reversed(shape):
+                strides.append(stride)
+                stride *= extent
+            buffer = slab.typed(dtype).as_strided(shape, strides[::-1], start // dtype.itemsize)
+        self._out[buffer.data_ptr()] = slab, start, start + size, nbytes
+        self.bytes += nbytes
+        if self.bytes > self.peak:
+            self.peak = self.bytes
+        return buffer
+
+    def give(self, buffer: torch.Tensor):
+        """Take a buffer back; what is enqueued on it comes before whatever uses its memory next."""
+        if not buffer.numel():
+            return
+        slab, start, end, nbytes = self._out.pop(buffer.data_ptr())
+        self.bytes -= nbytes
+        if slab is not None:
+            slab.give(start, end)
+
+    def _grow(self, size):
+        """A new slab with a buffer of that size taken from its start."""
+        room = math.inf if self.limit is None else self.limit - self.reserved
+        wanted = max(size, min(max(self.first, self.reserved), room))
+        if wanted > room:
+            return None
+        self.reserved += wanted
+        self._slabs.append(_Slab(self._allocate((wanted,), torch.uint8)))
+        self._slabs[-1].take(size)
+        return self._slabs[-1]
+
+    def _allocate(self, shape, dtype):
+        with torch.inference_mode(False):  # it outlives the engine's context
+            return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.pin)
+
+
+class _Slab:
+    """One allocation, and the free intervals in it: sorted, disjoint, none touching the next."""
+
+    def __init__(self, memory: torch.Tensor):
+        self._memory = memory
+        self._free: list[tuple[int, int]] = [(0, memory.numel())]
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    def typed(self, dtype):
+        """The slab as elements of that dtype."""
+        typed = self._typed.get(dtype)
+        if typed is None:
+            whole = self._memory.numel() // dtype.itemsize * dtype.itemsize
+            typed = self._typed[dtype] = self._memory[:whole].view(dtype)
+        return typed
+
+    def take(self, size):
+        """Where `size` bytes begin that are taken now; None if no interval holds them."""
+        for i, (start, end) in enumerate(self._free):
+            if end - start >= size:
+                if end - start == size:
+                    del self._free[i]
+                else:
+                    self._free[i] = start + size, end
+                return start
+        return None
+
+    def give(self, start, end):
+        free = self._free
+        i = bisect_left(free, (start, end))
+        if i < len(free) and free[i][0] == end:
+            end = free.pop(i)[1]
+        if i and free[i - 1][1] == start:
+            i -= 1
+            start = free.pop(i)[0]
+        free.insert(i, (start, end))

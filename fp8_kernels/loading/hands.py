@@ -1,0 +1,153 @@
+"""What threads hold open, and what becomes of it once they let go.
+
+Composed loaders copy a weight and then write a function of it back. So the latest shard of each thread, and the units
+that its last write completed, stay open until the thread writes elsewhere: until then they can be read and rewritten.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from .report import Report
+from .staging import Shard, Unit
+
+
+class Hand:
+    """What one thread holds open: its latest shard, not quantized yet, and the units that its last write completed."""
+
+    __slots__ = ("shard", "units")
+
+    def __init__(self):
+        self.shard: Shard | None = None
+        self.units: list[Unit] = []
+
+
+class Hands:
+    """The hands of all threads.
+
+    Args:
+        report: counts what happens.
+        on_unit: called with (unit, q, scale) after each unit.
+        on_final: called with each `Tracked` when its last unit is final.
+        progress: called with (unit) after each unit.
+    """
+
+    def __init__(self, report: Report, on_unit, on_final: Callable, progress: Callable):
+        self._report = report
+        self._on_unit, self._on_final, self._progress = on_unit, on_final, progress
+        self._of_thread: dict[int, Hand] = {}
+
+    def mine(self) -> Hand:
+        """The hand of this thread."""
+        thread = threading.get_ident()
+        hand = self._of_thread.get(thread)
+        if hand is None:
+            hand = self._of_thread[thread] = Hand()
+        return hand
+
+    def hold(self, shard: Shard):
+        """Hold the shard open, which has been recorded as written."""
+        self.mine().shard = shard
+        for unit in shard.units:
+            unit.shards.append(shard)
+
+    def hold_units(self, units: Iterable[Unit]):
+        """Hold open those of the units that are complete."""
+        held = self.mine().units
+        for unit in units:
+            if unit not in held and not unit.final and unit.coverage.complete:
+                held.append(unit)
+
+    def let_go(self, turning_to: Iterable[Unit] = ()):
+        """This thread turns to these units: what else it held open is quantized."""
+        hand = self._of_thread.get(threading.get_ident())
+        if hand is None:
+            return
+        if hand.shard is not None:
+            self._place(hand)
+        if hand.units:
+            # Where nothing streams, a whole tensor of experts may be read back.
+            stays = {unit.tracked for unit in turning_to if not unit.tracked.streams}
+            held, hand.units = hand.units, []
+            for unit in held:
+                if unit in turning_to or unit.tracked in stays:
+                    hand.units.append(unit)
+                else:
+                    self.finish(unit)
+
+    def flush(self):
+        """All threads let go of everything."""
+        for hand in list(self._of_thread.values()):
+            if hand.shard is not None:
+                self._place(hand)
+            held, hand.units = hand.units, []
+            for unit in held:
+                self.finish(unit)
+
+    def keep(self, shard: Shard):
+        """Move a held shard into the buffers of its units, where it can be read and changed; they stay held."""
+        hand = next(hand for hand in self._of_thread.values() if hand.shard is shard)
+        hand.shard = None
+        taken = False
+        for unit in shard.units:
+            unit.shards.remove(shard)
+            taken = unit.keep(shard)
+            if unit.coverage.complete and unit not in hand.units:
+                hand.units.append(unit)
+        if not taken:
+            shard.tracked.staging.release(shard.buffer)
+
+    def finish(self, unit: Unit):
+        """Quantize what is left of a complete unit, unless a thread holds some of it open still."""
+        if unit.final or unit.shards:
+            return
+        started = time.perf_counter()
+        q, scale = unit.finalize()
+        self._report.quantized_units += 1
+        self._took("quantize", started)
+        if self._on_unit is not None:
+            self._on_unit(unit, q, scale)
+        self._progress(unit)
+        if unit.tracked.final:
+            self._on_final(unit.tracked)
+
+    def pass_through(self, unit: Unit):
+        """A tensor that stays as it is has arrived."""
+        unit.final = True
+        self._progress(unit)
+        self._on_final(unit.tracked)
+
+    def _place(self, hand):
+        """Quantize the whole groups of a held shard; what is left of it waits in its units."""
+        shard, hand.shard = hand.shard, None
+        tracked, box, units = shard.tracked, shard.box, shard.units
+        started = time.perf_counter()
+        whole = tracked.quantize(shard.first, shard.count, box, shard.buffer)
+        for i, unit in enumerate(units):
+            unit.shards.remove(shard)
+            unit.add_streamed(whole)
+            if whole != box:
+                for edge in around(whole, box):
+                    unit.stage(edge, part(shard.buffer[i], box, edge))
+        tracked.staging.release(shard.buffer)
+        self._took("quantize", started)
+        hand.units += [unit for unit in units if unit.coverage.complete and unit not in hand.units]
+
+    def _took(self, phase, started):
+        phases = self._report.seconds_by_phase
+        phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
+
+
+def around(inner, box):
+    """The up to four rectangles that are left of `box` without `inner`."""
+    row0, row1, col0, col1 = inner
+    edges = [(box[0], row0, box[2], box[3]), (row1, box[1], box[2], box[3])]
+    edges += [(row0, row1, box[2], col0), (row0, row1, col1, box[3])]
+    return [edge for edge in edges if edge[0] < edge[1] and edge[2] < edge[3]]
+
+
+def part(values, box, inner):
+    """What of `values`, those of the rectangle `box`, is in the rectangle `inner`."""
+    return values[inner[0] - box[0] : inner[1] - box[0], inner[2] - box[2] : inner[3] - box[2]]
