@@ -20,7 +20,9 @@ class LayerwiseAdapter(Adapter):
     """Runs cases against `fp8_kernels.LayerwiseLoader`."""
 
     name = "fp8_kernels"
-    offers = frozenset({"progress", "staged_bytes", "logical_shapes", "optional", "threads", "checkpoint"})
+    offers = frozenset(
+        {"progress", "staged_bytes", "logical_shapes", "optional", "threads", "checkpoint", "budget", "reads_back"}
+    )
     offers |= {"reload", "scope", "hooks", "poison", "dummy"}
     restores = True
     errors = {
@@ -35,7 +37,9 @@ class LayerwiseAdapter(Adapter):
 
     def enter(self, session: Session):
         load = session.load
-        options = {key: value for key, value in load.facts.items() if key != "reads_back"}
+        options = dict(load.facts)
+        if "reads_back" in options:
+            options["stream"] = dict.fromkeys(options.pop("reads_back"), False)
         if "progress" in session.case.needs:
             names = {module: name for name, module in session.model.named_modules()}
             options["on_module"] = lambda module: session.finished.append(names[module])
