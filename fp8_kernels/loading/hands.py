@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 from .report import Report
 from .staging import Shard, Unit
 
@@ -99,12 +101,17 @@ class Hands:
         if not taken:
             shard.tracked.staging.release(shard.buffer)
 
-    def finish(self, unit: Unit):
-        """Quantize what is left of a complete unit, unless a thread holds some of it open still."""
-        if unit.final or unit.shards:
+    def finish(self, unit: Unit, amax: torch.Tensor | None = None):
+        """Quantize what is left of a complete unit, unless a thread holds some of it open still, or it waits for maxima
+        of other ranks.
+
+        Args:
+            amax: those maxima.
+        """
+        if unit.final or unit.shards or (unit.tracked.waits_for_ranks and amax is None):
             return
         started = time.perf_counter()
-        q, scale = unit.finalize()
+        q, scale = unit.finalize(amax)
         self._report.quantized_units += 1
         self._took("quantize", started)
         if self._on_unit is not None:

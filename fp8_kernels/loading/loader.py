@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch.distributed import ProcessGroup
 
 from ..schemes import Scheme, scheme_name
 from .copy_counter import CopyCounter
 from .install import Snapshot, forget_frames
 from .plan import Plan, make_plan
+from .ranks import Ranks
 from .reload import Reload, check_not_poisoned
 from .report import Report
 from .session import Hooks, Session
@@ -57,6 +59,11 @@ class LayerwiseLoader:
             and every hook has returned; a failure leaves the old values. Streaming takes no memory for that; a
             failure leaves the model marked: its modules refuse to run until they are reloaded.
         scope: with `reload`, patterns of what is loaded anew; by default everything.
+        scale_group: ranks of torch.distributed that load together, for scales equal to those of the whole weight where
+            each rank holds a part: a process group, for all `per_tensor` weights and experts; or pattern -> group (or
+            None), the first match counts, also for `per_channel` ones, whose rows a rank may hold in part. Such
+            weights stay in high precision until all ranks have theirs (within the staging budget, else on the host),
+            and a failure on one rank fails all. By default each rank has scales of its own and is on its own.
 
     Attributes:
         plan: the `Plan`; also there before the context is entered.
@@ -90,6 +97,7 @@ class LayerwiseLoader:
         progress: Callable[[int, int, str], None] | None = None,
         reload: str | None = None,
         scope: Iterable[str] | None = None,
+        scale_group: ProcessGroup | Mapping[str, ProcessGroup | None] | None = None,
     ):
         self.model = model
         self._rules = {
@@ -105,6 +113,7 @@ class LayerwiseLoader:
         if staging_budget is not None and staging_budget < 0:
             raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")
         self._staging_budget = staging_budget
+        self._ranks = None if scale_group is None else Ranks(scale_group)
         self._reload_options = None
         if reload is not None:
             may_be_given = {name: self._rules[name] for name in ("optional", "stream")}
@@ -136,7 +145,7 @@ class LayerwiseLoader:
             schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
             self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
             staging = Staging(self.device, self.plan.largest_unit, self._staging_budget)
-            self._session = Session(self.model, self.plan, staging, self.report, self._hooks, self._reload)
+            self._session = Session(self.model, self.plan, staging, self.report, self._hooks, self._reload, self._ranks)
             self._session.start()
         except BaseException as failure:
             self._roll_back(failure)
@@ -146,8 +155,7 @@ class LayerwiseLoader:
     def __exit__(self, kind, error, traceback):
         self._session.stop()
         try:
-            if error is None:
-                self._session.finish(self._snapshot)
+            self._session.finish(self._snapshot, error)
         except BaseException as failure:
             self._roll_back(failure)
             raise
@@ -185,6 +193,8 @@ class LayerwiseLoader:
             reload = Reload(self.model, *self._reload_options)
             plan = reload.present()
         plan.check_loadable()
+        if self._ranks is not None:
+            plan = self._ranks.checked(plan)
         return plan, reload
 
     def _roll_back(self, error):

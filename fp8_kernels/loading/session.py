@@ -14,11 +14,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from ..errors import LoadError
 from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import CopyCounter
 from .install import Snapshot, exchange
 from .plan import Entry, Plan
+from .ranks import Ranks
 from .reload import Reload, remember
 from .report import Report
 from .staging import Staging, Tracked, Unit
@@ -44,6 +44,7 @@ class Session:
         report: counts what happens.
         hooks: of the caller.
         reload: what the model holds already; None for its first load.
+        ranks: the others that load with this one; None if it is alone.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Session:
         report: Report,
         hooks: Hooks,
         reload: Reload | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.model, self.plan, self.report, self._reload = model, plan, report, reload
+        self.model, self.plan, self.report, self._reload, self._ranks = model, plan, report, reload, ranks
         self._staging, self._hooks = staging, hooks
         self._device = staging.device
         self._started = time.perf_counter()
@@ -109,6 +111,7 @@ class Session:
         tracked = Tracked(entry, self._staging)
         if self._reload is not None:
             self._reload.prepare(tracked)
+        tracked.waits_for_ranks = self._ranks is not None and self._ranks.shares(entry)
         self.tracked.append(tracked)
         for place in tracked.places:
             self._at[id(place.module), place.leaf] = tracked
@@ -182,13 +185,45 @@ class Session:
 
     # The end.
 
-    def finish(self, snapshot: Snapshot):
+    def finish(self, snapshot: Snapshot, error: BaseException | None):
         """Check that everything arrived, install the results and call the hooks; a reload then commits.
 
         Args:
             snapshot: of the model before the load.
+            error: why the load has failed already. There is nothing to finish then, but to tell the other ranks.
         """
         started, quantizing = time.perf_counter(), self.report.seconds_by_phase.get("quantize", 0.0)
+        maxima = []
+        with self._agreed(error):
+            if error is None:
+                self._check_arrived(snapshot)
+                maxima = self.writes.maxima_of(self._shared_units())
+        if error is not None:
+            return
+        with self._agreed():
+            self._conclude(maxima)
+        if self._reload is None:
+            remember(self.plan, self.tracked)
+        else:
+            self._reload.commit(snapshot, self.tracked)
+        self._complete_report(started, quantizing)
+
+    @contextlib.contextmanager
+    def _agreed(self, error=None):
+        """A step that all ranks have to succeed in before any goes on."""
+        try:
+            yield
+        except BaseException as failure:
+            if self._ranks is not None:
+                self._ranks.agree(failure, [], self._device)
+            raise
+        if self._ranks is not None:
+            self._ranks.agree(error, self._shared_units(), self._device)
+
+    def _shared_units(self):
+        return [u for tracked in self.tracked if tracked.waits_for_ranks for u in tracked.units if not u.final]
+
+    def _check_arrived(self, snapshot):
         if self.writes.error is not None:
             raise self.writes.error
         self._follow_replaced()
@@ -196,6 +231,11 @@ class Session:
         for tracked in list(self.tracked):
             self._fill_in(tracked, snapshot)
         check_complete(self.tracked, self.report.shards)
+
+    def _conclude(self, maxima):
+        if self._ranks is not None:
+            units = self._shared_units()
+            self.writes.finish_with(units, self._ranks.share(units, maxima, self._device))
         check_finite(self.tracked)
         for tracked in self.tracked:
             self._install(tracked)
@@ -206,11 +246,6 @@ class Session:
                     self._hooks.on_module(module)
         if self._hooks.on_finish is not None:
             self._hooks.on_finish(self.model)
-        if self._reload is None:
-            remember(self.plan, self.tracked)
-        else:
-            self._reload.commit(snapshot, self.tracked)
-        self._complete_report(started, quantizing)
 
     def _follow_replaced(self):
         """Find by identity what no op tells of: tensors that were tied, replaced or exchanged meanwhile."""

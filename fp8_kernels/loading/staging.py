@@ -13,7 +13,7 @@ import math
 import torch
 
 from ..errors import LoadError
-from ..ops import quantize
+from ..ops import amax, quantize
 from ..reference import FP8_MAX, cast, dequantize, rule
 from ..schemes import WHOLE, Scheme
 from .arena import Arena, Staging
@@ -198,6 +198,13 @@ class Unit:
         self.finished()
         return q, scale
 
+    def amax(self) -> torch.Tensor:
+        """The maxima of its groups, fp32 of the shape of its scales."""
+        buffer = self.open()
+        self._zero_padding()
+        with self._staging.on_device():
+            return amax(buffer, self.scheme)
+
     def finished(self):
         """Nothing of it waits any more."""
         self.final = True
@@ -269,6 +276,7 @@ class Tracked:
         group: (rows, columns) that share a scale.
         streams: groups are quantized as soon as they are whole; else nothing is before its unit is.
         num_open: how many of its units are not final.
+        waits_for_ranks: its scales span ranks, so its units stay staged until all ranks have theirs.
     """
 
     def __init__(self, entry: Entry, staging: Staging):
@@ -291,6 +299,7 @@ class Tracked:
         self.streams = bool(entry.scheme and entry.stream and entry.logical == entry.shape and self.unit_numel)
         self.units = [Unit(self, i, staging) for i in range(entry.num_units if entry.scheme else 1)]
         self.num_open = len(self.units)
+        self.waits_for_ranks = False
         if not entry.scheme:
             self.units[0].buffer = first
 

@@ -165,6 +165,21 @@ class Writes:
         else:
             self._hands.pass_through(unit)
 
+    def maxima_of(self, units: list[Unit]) -> list[torch.Tensor]:
+        """The maxima of the groups of complete units."""
+        with self._lock:
+            self.staging.follow()
+            self.staging.in_use = ()
+            return [unit.amax() for unit in units]
+
+    def finish_with(self, units: list[Unit], maxima: list[torch.Tensor]):
+        """Finish complete units with these maxima in the place of their own."""
+        with self._lock:
+            self.staging.follow()
+            self.staging.in_use = ()
+            for unit, amax in zip(units, maxima, strict=True):
+                self._hands.finish(unit, amax)
+
     def let_go(self):
         """Quantize what this thread holds open, so far as it can be."""
         with self._lock:

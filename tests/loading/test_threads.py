@@ -64,7 +64,7 @@ def test_concurrent_shards_of_one_unit(scheme):
         shards, model, finished = _shards(), Model(**SHAPES), []
         again = random.sample(shards, len(shards) // 3)
         parts = [shards[i::NUM_THREADS] + again[i::NUM_THREADS] for i in range(NUM_THREADS)]
-        on_unit = lambda unit, q, scale: finished.append(str(unit))  # noqa: E731
+        on_unit = lambda unit, q, scale, finished=finished: finished.append(str(unit))  # noqa: E731
         with LayerwiseLoader(model, scheme, device="cpu", on_unit=on_unit) as loader:
             assert not _run(loader, weights, parts)
         assert sorted(finished) == sorted(["fc.weight", "qkv.weight", *(f"experts.weight[{i}]" for i in range(6))])
