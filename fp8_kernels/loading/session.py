@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from ..errors import LoadError
 from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import CopyCounter
 from .install import Snapshot, exchange
