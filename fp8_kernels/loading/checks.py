@@ -35,9 +35,12 @@ def check_finite(tracked_tensors: list[Tracked]):
     quantized = [t for t in tracked_tensors if t.entry.scheme and t.units]
     if not quantized:
         return
-    bad = torch.cat([_not_finite(t.scale).reshape(len(t.units), -1).any(dim=1) for t in quantized]).cpu()
-    units = [unit for t in quantized for unit in t.units]
-    names = [str(unit) for unit, is_bad in zip(units, bad.tolist(), strict=True) if is_bad]
+    names = []
+    for device in dict.fromkeys(t.scale.device for t in quantized):
+        there = [t for t in quantized if t.scale.device == device]
+        bad = torch.cat([_not_finite(t.scale).reshape(len(t.units), -1).any(dim=1) for t in there]).tolist()
+        units = [unit for t in there for unit in t.units]
+        names += [str(unit) for unit, is_bad in zip(units, bad, strict=True) if is_bad]
     if names:
         raise NonFiniteWeightError(f"{len(names)} weights hold NaN or Inf: {', '.join(names)}")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch.distributed import ProcessGroup
 
+from ..errors import UnmatchedPatternError
 from ..schemes import Scheme, scheme_name
 from .copy_counter import CopyCounter
 from .install import Snapshot, forget_frames
@@ -15,6 +16,7 @@ from .plan import Plan, make_plan
 from .ranks import Ranks
 from .reload import Reload, check_not_poisoned
 from .report import Report
+from .rules import matches
 from .session import Hooks, Session
 from .staging import Staging, Unit
 
@@ -59,6 +61,7 @@ class LayerwiseLoader:
             and every hook has returned; a failure leaves the old values. Streaming takes no memory for that; a
             failure leaves the model marked: its modules refuse to run until they are reloaded.
         scope: with `reload`, patterns of what is loaded anew; by default everything.
+        offload: patterns of what is on the CPU in the end; its weights are quantized on `device` all the same.
         scale_group: ranks of torch.distributed that load together, for scales equal to those of the whole weight where
             each rank holds a part: a process group, for all `per_tensor` weights and experts; or pattern -> group (or
             None), the first match counts, also for `per_channel` ones, whose rows a rank may hold in part. Such
@@ -98,6 +101,7 @@ class LayerwiseLoader:
         reload: str | None = None,
         scope: Iterable[str] | None = None,
         scale_group: ProcessGroup | Mapping[str, ProcessGroup | None] | None = None,
+        offload: Iterable[str] = (),
     ):
         self.model = model
         self._rules = {
@@ -113,12 +117,15 @@ class LayerwiseLoader:
         if staging_budget is not None and staging_budget < 0:
             raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")
         self._staging_budget = staging_budget
+        self._offload = tuple(offload)
         self._ranks = None if scale_group is None else Ranks(scale_group)
         self._reload_options = None
         if reload is not None:
             may_be_given = {name: self._rules[name] for name in ("optional", "stream")}
-            if self._rules != {**_DEFAULT_RULES, **may_be_given} or scheme is not None:
-                raise ValueError("a reload keeps each weight's scheme, dtype and shape: give it `scope` and `optional`")
+            if self._rules != {**_DEFAULT_RULES, **may_be_given} or scheme is not None or self._offload:
+                raise ValueError(
+                    "a reload keeps each weight's scheme, dtype, shape and device: give it `scope` and `optional`"
+                )
             has_hooks = on_module is not None or on_finish is not None
             self._reload_options = (reload, scope, self._rules["optional"], has_hooks, stream)
             if device is None:
@@ -145,7 +152,9 @@ class LayerwiseLoader:
             schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
             self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
             staging = Staging(self.device, self.plan.largest_unit, self._staging_budget)
-            self._session = Session(self.model, self.plan, staging, self.report, self._hooks, self._reload, self._ranks)
+            self._session = Session(
+                self.model, self.plan, staging, self.report, self._hooks, self._reload, self._ranks, self._offload
+            )
             self._session.start()
         except BaseException as failure:
             self._roll_back(failure)
@@ -193,6 +202,9 @@ class LayerwiseLoader:
             reload = Reload(self.model, *self._reload_options)
             plan = reload.present()
         plan.check_loadable()
+        unused = [p for p in self._offload if not any(matches(p, name) for e in plan.entries for name in e.names)]
+        if unused:
+            raise UnmatchedPatternError(f"no tensor is matched by {', '.join(map(repr, unused))} of `offload`")
         if self._ranks is not None:
             plan = self._ranks.checked(plan)
         return plan, reload

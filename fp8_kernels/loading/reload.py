@@ -156,12 +156,10 @@ class Reload:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's FP8 weights are."""
-        weight = next(w for w in self._weights.values())
-        module, leaf = weight.places[0]
-        held = weight.codes if weight.codes is not None else module._parameters.get(leaf)
-        held = held if held is not None else next(t for t in self.model.state_dict().values())
-        return held.device
+        """Where the model's FP8 weights are, unless offloaded."""
+        tensors = (t for _, t in self._fp8_memory())
+        devices = dict.fromkeys(t.device for t in tensors)
+        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     def present(self) -> Plan:
         """Make the FP8 weights in scope look as before their first load; returns the plan of what has to arrive."""
@@ -200,6 +198,8 @@ class Reload:
     def prepare(self, tracked: Tracked):
         """Let a streamed weight be quantized into its live memory."""
         weight = self._weight_of(tracked.entry)
+        if weight is not None and weight.codes is not None:
+            tracked.device = weight.codes.device
         if self.mode == "streaming" and weight is not None and weight.codes is not None and weight.scale is not None:
             tracked.q, tracked.scale = weight.codes, weight.scale
 

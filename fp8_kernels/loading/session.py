@@ -22,6 +22,7 @@ from .plan import Entry, Plan
 from .ranks import Ranks
 from .reload import Reload, remember
 from .report import Report
+from .rules import matches
 from .staging import Staging, Tracked, Unit
 from .writes import Writes
 
@@ -46,6 +47,7 @@ class Session:
         hooks: of the caller.
         reload: what the model holds already; None for its first load.
         ranks: the others that load with this one; None if it is alone.
+        offload: patterns of what is on the CPU in the end.
     """
 
     def __init__(
@@ -57,14 +59,17 @@ class Session:
         hooks: Hooks,
         reload: Reload | None = None,
         ranks: Ranks | None = None,
+        offload: tuple[str, ...] = (),
     ):
+        self._offload = offload
         self.model, self.plan, self.report, self._reload, self._ranks = model, plan, report, reload, ranks
-        self._staging, self._hooks = staging, hooks
+        self._staging = staging
+        self._hooks = Hooks(*map(self._on_device, (hooks.on_unit, hooks.on_module, hooks.on_finish)), hooks.progress)
         self._device = staging.device
         self._started = time.perf_counter()
         self._bytes_done = 0
         self._exits = contextlib.ExitStack()
-        self.writes = Writes(staging, report, hooks.on_unit, self._tensor_is_final, self._advance)
+        self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, self._advance)
         self.tracked: list[Tracked] = []
         self._at: dict[tuple[int, str], Tracked] = {}  # (module, leaf) -> what is registered there
         self._waiting: dict[torch.nn.Module, int] = {}  # how many of its tensors are not final
@@ -110,6 +115,7 @@ class Session:
         if not entry.tracked:
             return
         tracked = Tracked(entry, self._staging)
+        tracked.device = self._device_of(entry)
         if self._reload is not None:
             self._reload.prepare(tracked)
         tracked.waits_for_ranks = self._ranks is not None and self._ranks.shares(entry)
@@ -121,9 +127,14 @@ class Session:
         for module in tracked.modules:
             self._waiting[module] = self._waiting.get(module, 0) + 1
 
+    def _device_of(self, entry):
+        """Where an entry is when it is loaded."""
+        offloaded = any(matches(pattern, name) for pattern in self._offload for name in entry.names)
+        return torch.device("cpu") if offloaded else self._device
+
     def _make_real(self, entry: Entry):
         first = entry.tensors[0]
-        real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=self._device)
+        real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=self._device_of(entry))
         if entry.logical != entry.shape or entry.optional:
             real.zero_()
         for t in entry.tensors:
@@ -169,7 +180,7 @@ class Session:
         if tracked.installed or tracked.entry.scheme is None:
             return
         tracked.installed = True
-        tracked.allocate(self._device)  # a weight without experts has had no unit to do it
+        tracked.allocate()  # a weight without experts has had no unit to do it
         for t in {id(t): t for t in (p.registry[p.leaf] for p in tracked.places)}.values():
             exchange(t, tracked.q)
         self.writes.track(tracked, tracked.q)  # what still arrives is verified
@@ -183,6 +194,18 @@ class Session:
             entry = unit.tracked.entry
             self._bytes_done += entry.bytes_in // len(unit.tracked.units)
             self._hooks.progress(self._bytes_done, self.plan.bytes_in, str(unit))
+
+    def _on_device(self, hook):
+        """The hook, called with the load's device as the current one, on whichever thread."""
+        if hook is None:
+            return None
+
+        def called(*args):
+            with staging.on_device():
+                hook(*args)
+
+        staging = self._staging
+        return called
 
     # The end.
 

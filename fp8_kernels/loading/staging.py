@@ -186,14 +186,14 @@ class Unit:
         if self.streamed is None:
             self.open()
             self._zero_padding()
-            q, scale = self.tracked.destination(self.number, staging.device)
+            q, scale = self.tracked.destination(self.number)
             with staging.on_device():
-                quantize(self.buffer, self.scheme, out=(q, scale), amax=amax)
+                quantize_to(self.buffer, self.scheme, q, scale, amax)
         else:
             for box in self.streamed.missing():
                 row0, row1, col0, col1 = box
                 self.tracked.quantize(self.number, 1, box, self.open()[None, row0:row1, col0:col1])
-            q, scale = self.tracked.destination(self.number, staging.device)
+            q, scale = self.tracked.destination(self.number)
         self.close()
         self.finished()
         return q, scale
@@ -222,7 +222,8 @@ class Unit:
         num_rows, num_cols = self.tracked.unit_logical
         row1, col1 = min(row1, num_rows), min(col1, num_cols)
         (group_n, group_k), (*block, _, numerics) = self.tracked.group, self.scheme.quantize_args
-        q, scale = self.tracked.destination(self.number, self._staging.device)
+        q, scale = self.tracked.destination(self.number)
+        scale = scale.to(values.device)  # from the host, where it is offloaded
         used = rule(q.dtype, numerics, *block)
         scale = scale.reshape(1, 1, 1) if scale.ndim == 0 else scale[None]
         first_col = col0 // group_k * group_k
@@ -241,7 +242,7 @@ class Unit:
             codes = cast(piece, piece_scale, q.dtype, *block, used).view(torch.uint8)
             more = _exceeds(piece, piece_scale, q.dtype, *block)
             codes, more = (x[0, first - start :, col0 - first_col :] for x in (codes, more))
-            differ = (codes != q[first:end, col0:col1].view(torch.uint8)) | more
+            differ = (codes != q[first:end, col0:col1].view(torch.uint8).to(codes.device)) | more
             if mask is not None:
                 differ &= mask[first:end, col0:col1]
             if bool(differ.any()):
@@ -276,6 +277,7 @@ class Tracked:
         group: (rows, columns) that share a scale.
         streams: groups are quantized as soon as they are whole; else nothing is before its unit is.
         num_open: how many of its units are not final.
+        device: where the result is: the CPU for what is offloaded, else where it is quantized.
         waits_for_ranks: its scales span ranks, so its units stay staged until all ranks have theirs.
     """
 
@@ -299,6 +301,7 @@ class Tracked:
         self.streams = bool(entry.scheme and entry.stream and entry.logical == entry.shape and self.unit_numel)
         self.units = [Unit(self, i, staging) for i in range(entry.num_units if entry.scheme else 1)]
         self.num_open = len(self.units)
+        self.device = staging.device
         self.waits_for_ranks = False
         if not entry.scheme:
             self.units[0].buffer = first
@@ -332,9 +335,9 @@ class Tracked:
         if whole != box:
             row0, row1, col0, col1 = whole
             values = values[:, row0 - box[0] : row1 - box[0], col0 - box[2] : col1 - box[2]]
-        self.allocate(self.staging.device)
+        self.allocate()
         with self.staging.on_device():
-            quantize(values, self.entry.scheme, out=self.result_of(first, count, whole))
+            quantize_to(values, self.entry.scheme, *self.result_of(first, count, whole))
         return whole
 
     def result_of(self, first: int, count: int, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
@@ -355,19 +358,19 @@ class Tracked:
             start += first * unit[0]
         return q, scale.as_strided((count, row1 - row0, col1 - col0), (unit[0] if unit else 0, row, col), start)
 
-    def destination(self, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def destination(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of one unit, to write into."""
-        self.allocate(device)
+        self.allocate()
         return (self.q, self.scale) if len(self.entry.shape) == 2 else (self.q[number], self.scale[number])
 
-    def allocate(self, device: torch.device):
+    def allocate(self):
         """Make the FP8 result, if it is not there yet."""
         if self.q is None:
             entry = self.entry
             with torch.inference_mode(False):  # it outlives the engine's context
-                self.q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=device)
+                self.q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=self.device)
                 scale_shape = entry.scheme.scale_shape(entry.shape)
-                self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=device)
+                self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=self.device)
 
     def region(self, t: torch.Tensor, itemsize: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """A view of the tracked storage as (offset, sizes, strides) in elements of the parameter.
@@ -397,6 +400,16 @@ class Tracked:
             sizes = tuple(s // factor if d == dim else s for d, s in enumerate(sizes))
             strides = tuple(1 if d == dim else s // factor for d, s in enumerate(strides))
         return offset - self.base, sizes, strides
+
+
+def quantize_to(w, scheme: Scheme, q, scale, amax=None):
+    """Quantize into codes and scales that may be on another device than the weight."""
+    if q.device == w.device:
+        quantize(w, scheme, out=(q, scale), amax=amax)
+    else:
+        made = quantize(w, scheme, dtype=q.dtype, amax=amax)
+        for held, new in zip((q, scale), made, strict=True):
+            held.copy_(new)
 
 
 def _unit_shapes(entry, tensor):

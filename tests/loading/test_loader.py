@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fp8_kernels as fk
-from fp8_kernels.errors import ConflictingShardError, IncompleteLoadError, LoadError
+from fp8_kernels.errors import ConflictingShardError, IncompleteLoadError, LoadError, UnmatchedPatternError
 from fp8_kernels.loading import LayerwiseLoader
 
 from .helpers import SCHEMES, Model, assert_quantized, load, values
@@ -473,3 +473,17 @@ def test_a_long_load_does_not_grow():
         gc.collect()
         assert len(gc.get_objects()) - before < 50
         assert loader.report.shards == 2048
+
+
+def test_cpu_offloaded_parameter():
+    """What `offload` names is on the CPU in the end; a pattern that matches nothing is an error, and a reload leaves
+    devices alone."""
+    model, w = Model(fc=(6, 36), fc2=(6, 36)), values(6, 36)
+    with LayerwiseLoader(model, device="cpu", offload=["fc"]):
+        for p in model.parameters():
+            p.data.copy_(w)
+    assert_quantized(model, "fc.weight", w)
+    with pytest.raises(UnmatchedPatternError, match="'nothing' of `offload`"):
+        LayerwiseLoader(Model(fc=(6, 36)), device="cpu", offload=["nothing"])
+    with pytest.raises(ValueError, match="a reload keeps"):
+        LayerwiseLoader(model, reload="streaming", offload=["fc"])
