@@ -21,7 +21,7 @@ READY := $(VENV)/.ready
 endif
 FP8   := $(PY) -m fp8_kernels
 
-.PHONY: demo test test-gpu accuracy lint at-hand demo-packages clean
+.PHONY: demo test test-gpu sanitize accuracy lint at-hand demo-packages clean
 
 demo: $(READY) demo-packages
 	$(PY) python/make_checkpoint.py $(MODEL)
@@ -35,6 +35,9 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -q -m gpu
+
+sanitize: $(READY)
+	$(PY) -m tests.gpu.sanitize
 
 accuracy: $(READY) demo-packages
 	$(PY) python/make_checkpoint.py $(MODEL)

@@ -1,8 +1,8 @@
-"""How fast are the kernels, beside everybody else's? Measures on a CUDA GPU, saves JSON, prints a table.
+"""How fast are the kernels, beside everybody else's? Measures on a CUDA GPU, saves JSON, prints tables.
 
     python -m bench.kernels [--shapes 4096x4096 128x1536x2048 ...] [--schemes per_tensor cast ...]
-                            [--backends cuda triton] [--peers DIR] [--json FILE] [--quick]
-    python -m bench.kernels --table FILE    # the table of results saved before, with --shapes every peer on those
+                            [--backends cuda triton] [--peers DIR] [--json FILE] [--budget SECONDS] [--quick]
+    python -m bench.kernels --table FILE    # the tables of results saved before, with --shapes every peer on those
 
 Per weight, kind of call and implementation, each with the L2 cache flushed:
 
@@ -10,18 +10,17 @@ Per weight, kind of call and implementation, each with the L2 cache flushed:
     call    from an idle GPU: host time from before the call until its result is there
     host    the part of `call` after which the host is free again
 
-Every result is compared with the weight that it came from; an implementation that is wrong is no one's rival.
-The exit code is 2 without a GPU, 1 where one of our own backends failed.
+Then a sweep over sizes, and what calls cost the host (`bench.host`). The weights and peers that matter most come
+first: with --budget the run stops cleanly and says what it left out. Every result is compared with the weight that it
+came from; an implementation that is wrong is no one's rival. The exit code is 2 without a GPU, 1 where one of our own
+backends failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,24 +28,37 @@ from pathlib import Path
 import torch
 
 import fp8_kernels as fk
-from bench import peers
+from bench import host, peers
+from bench.bars import bars_table
+from bench.measure import Budget, Clock, count_launches, machine
 from bench.tables import CASES, DEFAULT_CASES, QUANTIZE, SCHEME_OF, is_right, line_of, peer_table, report
+from fp8_kernels import reference
 from fp8_kernels.schemes import as_scheme
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = (
     (4096, 4096),
-    (14336, 4096),
-    (28672, 8192),
     (128, 1536, 2048),
+    (28672, 8192),
     (60, 2816, 2048),
+    (14336, 4096),
+    (6144, 4096),
     (64, 2048, 2048),
+    (128, 768, 2048),
+    (64, 4096, 7168),
+    (256, 512, 2048),
+    (57344, 8192),
+    (128, 2048, 768),
+    (28672, 4096),
     (8, 28672, 4096),
+    (256, 4096, 7168),
 )
-FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
-# Of the copies whose fastest stands for the memory's bandwidth. Several, since some sizes
-# copy a fifth slower than others: on an H100 those where source and target lay a power of two apart.
-CEILING_NUMELS = (28672 * 8192, 500_000_000, 600_000_256)
+# Made of torch operations: many times slower, so on two weights only, and last, since compiling takes seconds a case.
+SLOW_PEERS = ("torch", "transformers", peers.COMPILED)
+SLOW_SHAPES = SHAPES[:2]
+SWEEP_CASES = ("per_tensor", "per_channel", "per_block", "per_group")
+SWEEP_COLS = 4096
+SWEEP_BYTES = [int(2 ** (i / 2)) for i in range(32, 65)]  # of bf16: 64 KB to 4 GB in steps of sqrt(2)
 
 # Our own backends, in the form of the peers.
 
@@ -56,6 +68,9 @@ def ours(case: str, backend: str):
     scheme = as_scheme(SCHEME_OF[case])
 
     def bind(w):
+        if case == "copy_amax":
+            staged, slot = torch.empty_like(w), torch.zeros(scheme.scale_shape(w.shape), device=w.device)
+            return lambda: fk.copy_amax(w, staged, slot, scheme, backend=backend)
         q = torch.empty_like(w, dtype=torch.float8_e4m3fn)
         scale = torch.empty(scheme.scale_shape(w.shape), dtype=scheme.scale_dtype, device=w.device)
         if case == "amax":
@@ -83,7 +98,7 @@ def relative_error(case: str, w: torch.Tensor, result) -> float | None:
     experts = w[ends] if w.ndim == 3 else [w]
     if isinstance(result, list):
         parts = result[ends]
-    elif case in ("amax", "dequantize"):
+    elif case in ("amax", "copy_amax", "dequantize"):
         parts = result.reshape(len(w), -1)[ends] if w.ndim == 3 else [result]
     else:
         q, scale = result
@@ -97,71 +112,11 @@ def relative_error(case: str, w: torch.Tensor, result) -> float | None:
         wanted = expert.abs().amax().float() if case == "amax" else expert.float()
         if case in QUANTIZE or case == "cast":
             q, scale = part
-            scale = scale.reshape(scheme.scale_shape(expert.shape))
-            part = fk.dequantize(q.contiguous(), scale.contiguous(), torch.float32, scheme, backend="reference")
+            units = q[None], scale.reshape(1, *(scheme.scale_shape(expert.shape) or (1, 1)))
+            part = reference.dequantize(*units, torch.float32, *scheme.block)[0]
         got = part.float().reshape(wanted.shape)
         worst = max(worst, ((got - wanted).norm() / wanted.norm()).item())
     return worst
-
-
-# Time.
-
-
-class Clock:
-    """Times calls on the current GPU."""
-
-    def __init__(self, repeats: int):
-        self.repeats = repeats
-        self._cache = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-        self._sink = torch.empty((), dtype=torch.int32, device="cuda")
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-
-    def flush(self):
-        """Fill the L2 cache by reading: written lines would go to memory at the expense of the call that follows."""
-        torch.amax(self._cache, 0, out=self._sink)
-
-    def graph(self, run) -> dict:
-        """Microseconds of a replay on the GPU."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
-        graph.replay()
-        start, end = self._events
-        times = []
-        for _ in range(self.repeats):
-            self.flush()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        del result
-        return summary(times)
-
-    def call(self, run) -> tuple[dict, dict]:
-        """Microseconds of a plain call until its result is there, and until the host is free."""
-        whole, host = [], []
-        for _ in range(self.repeats):
-            self.flush()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            free = time.perf_counter()
-            torch.cuda.synchronize()
-            whole.append((time.perf_counter() - start) * 1e6)
-            host.append((free - start) * 1e6)
-        return summary(whole), summary(host)
-
-
-def summary(times: list[float]) -> dict:
-    """Median, and the range that holds the middle eight tenths."""
-    times = sorted(times)
-    cut = len(times) // 10
-    return {
-        "median": round(statistics.median(times), 2),
-        "low": round(times[cut], 2),
-        "high": round(times[-1 - cut], 2),
-    }
 
 
 def measure(row: dict, clock: Clock, w: torch.Tensor, bind):
@@ -178,64 +133,86 @@ def measure(row: dict, clock: Clock, w: torch.Tensor, bind):
             run()
         row["call_us"], row["host_us"] = clock.call(run)
         row["graph_us"] = clock.graph(run)
+        if row["ours"]:
+            row["launches"] = count_launches(run)
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         row["error"] = f"{type(error).__name__}: {first_line}"[:300]
 
 
-def machine() -> dict:
-    """What the numbers depend on."""
-    import triton
-
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        driver = None
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "fp8_kernels": fk.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def copy_rate(clock: Clock, numel: int) -> float:
-    """TB/s, read and written, of a copy of that many bf16 elements."""
-    source = torch.empty(numel, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    return 4 * numel / clock.graph(lambda: target.copy_(source))["median"] / 1e6
-
-
 def run_all(args, save) -> dict:
     """Measure everything asked for; `save(results)` after each weight, so that a crash costs one weight."""
     found, absent = peers.load(args.peers)
-    clock = Clock(5 if args.quick else 20)
-    copy_tb_per_s = max(copy_rate(clock, numel) for numel in CEILING_NUMELS)
+    clock, budget = Clock(5 if args.quick else 20), Budget(args.budget)
     results = {
         "machine": machine(),
         "repeats": clock.repeats,
-        "copy_tb_per_s": round(copy_tb_per_s, 3),
+        "copy_tb_per_s": round(clock.copy_rate(), 3),
         "absent": absent,
         "rows": [],
     }
-    for compiled in (False,) if args.quick else (False, True):
-        for shape in args.shapes:
-            torch.manual_seed(0)
-            w = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
-            for case in args.schemes:
-                rivals = {n: bind for n, bind in found.get(case, {}).items() if (n == peers.COMPILED) == compiled}
-                own = {} if compiled else {backend: ours(case, backend) for backend in args.backends}
-                for name, bind in {**own, **rivals}.items():
-                    row = {"shape": list(shape), "case": case, "name": name, "ours": name in own}
-                    measure(row, clock, w, bind)
-                    results["rows"].append(row)
-                    print(line_of(row), file=sys.stderr, flush=True)
-                    torch.cuda.empty_cache()
-            save(results)
+    if not args.quick:
+        results["host"] = host.measure(clock, args.peers)
+    slow = {name for name in SLOW_PEERS if name != peers.COMPILED or not args.quick}
+    for shape in args.shapes:
+        measure_weight(results, clock, budget, shape, args, found, set(SLOW_PEERS))
+        save(results)
+    if not args.quick:
+        results["sweep"] = sweep(clock, budget, args, found)
+    for shape in args.shapes if len(args.shapes) <= len(SLOW_SHAPES) else SLOW_SHAPES:
+        everyone_else = {name for by_name in found.values() for name in by_name} - slow
+        measure_weight(results, clock, budget, shape, args, found, everyone_else, own=False)
+        save(results)
+    results["left_out"] = budget.left_out
+    save(results)
     return results
+
+
+def measure_weight(results, clock, budget, shape, args, found, without, own=True):
+    """All rows of one weight, but for the peers `without`."""
+    size = "x".join(map(str, shape))
+    if not budget.allows(size):
+        return
+    torch.manual_seed(0)
+    w = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    for case in args.schemes:
+        binds = {backend: ours(case, backend) for backend in args.backends} if own else {}
+        binds |= {name: bind for name, bind in found.get(case, {}).items() if name not in without}
+        for name, bind in binds.items():
+            if not budget.allows(f"{size} {case} {name}"):
+                continue
+            row = {"shape": list(shape), "case": case, "name": name, "ours": name in args.backends}
+            measure(row, clock, w, bind)
+            results["rows"].append(row)
+            print(line_of(row), file=sys.stderr, flush=True)
+            if torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory // 3:
+                torch.cuda.empty_cache()
+
+
+def sweep(clock, budget, args, found) -> list[dict]:
+    """Graph times over sizes; of peers at every fourth size."""
+    rows = []
+    for i, num_bytes in enumerate(SWEEP_BYTES):
+        num_rows = max(1, num_bytes // (2 * SWEEP_COLS))
+        if not budget.allows(f"sweep from {num_bytes >> 10} KB"):
+            break
+        w = torch.empty((num_rows, SWEEP_COLS), dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+        for case in SWEEP_CASES:
+            binds = {backend: ours(case, backend) for backend in args.backends}
+            if i % 4 == 0:
+                binds |= {n: bind for n, bind in found.get(case, {}).items() if n not in SLOW_PEERS}
+            for name, bind in binds.items():
+                row = {"bytes": w.numel() * 2, "case": case, "name": name, "ours": name in args.backends}
+                try:
+                    run = bind(w)
+                    run()
+                    run()
+                    row["graph_us"] = clock.graph(run)
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}"[:200]
+                rows.append(row)
+        del w
+    return rows
 
 
 # Command line.
@@ -261,12 +238,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), help="default: those that are there")
     parser.add_argument("--peers", metavar="DIR", help="shared libraries of peers that are not installed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/kernels_<GPU>.json")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions, no torch.compile")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop starting measurements after that")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, no torch.compile, no sweep")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of saved results, measure nothing")
     args = parser.parse_args(argv)
     if args.table:
         saved = json.loads(args.table.read_text())
-        print(report(saved), *(peer_table(saved, shape) for shape in args.shapes or ()), sep="\n\n")
+        print(report(saved), bars_table(saved), *(peer_table(saved, shape) for shape in args.shapes or ()), sep="\n\n")
         return 0
     if not torch.cuda.is_available():
         print("bench.kernels needs a CUDA GPU, and torch sees none here", file=sys.stderr)
@@ -280,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text(json.dumps(results, indent=1) + "\n")
 
     results = run_all(args, save)
-    print(report(results))
+    print(report(results), bars_table(results), sep="\n\n")
     print(f"\nsaved in {path}")
     return int(any(row["ours"] and not is_right(row) for row in results["rows"]))
 

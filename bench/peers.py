@@ -132,6 +132,16 @@ def _torch(name, wrap):
         found = plain_amax(w)
         return lambda: cast(w, found)
 
+    def bind_copy(w):
+        staged, slot = torch.empty_like(w), torch.zeros(w.shape[:-2], device=w.device)
+
+        def run():
+            staged.copy_(w)
+            torch.maximum(slot, amax(w), out=slot)
+            return staged
+
+        return run
+
     def bind_dequantize(w):
         q, scale = plain_blocks(w, 1, w.shape[-1])
         return lambda: dequantize(q, scale)
@@ -143,6 +153,7 @@ def _torch(name, wrap):
         "per_group": {name: _as_rows(lambda w: lambda: groups(w))},
         "cast": {name: bind_cast},
         "amax": {name: lambda w: lambda: amax(w)},
+        "copy_amax": {name: bind_copy},
         "dequantize": {name: _as_rows(bind_dequantize)},
     }
 

@@ -6,14 +6,15 @@ import math
 
 from fp8_kernels.schemes import as_scheme
 
-# What is timed: quantize by scheme; its two halves for per_tensor; the way back for per_channel.
+# What is timed: quantize by scheme; its two halves for per_tensor; a copy with the amax; the way back.
 QUANTIZE = ("per_tensor", "per_channel", "per_block", "per_group", "mxfp8")
-CASES = (*QUANTIZE, "cast", "amax", "dequantize")
+CASES = (*QUANTIZE, "cast", "amax", "copy_amax", "dequantize")
 DEFAULT_CASES = tuple(case for case in CASES if case != "mxfp8")
 SCHEME_OF = {
     **{case: case for case in QUANTIZE},
     "cast": "per_tensor",
     "amax": "per_tensor",
+    "copy_amax": "per_tensor",
     "dequantize": "per_channel",
 }
 MAX_ERROR = 0.05  # relative, of quantized normal numbers; e4m3 gives 0.026
@@ -29,6 +30,8 @@ def must_move(case: str, shape: tuple[int, ...], reads: int = 1) -> int:
     numel, scales = math.prod(shape), math.prod(scheme.scale_shape(shape)) * scheme.scale_dtype.itemsize
     if case == "amax":
         return 2 * numel * reads + scales
+    if case == "copy_amax":
+        return 2 * numel * reads + 2 * numel + scales
     if case == "dequantize":
         return numel + scales + 2 * numel
     given = scales if case == "cast" else 0
@@ -41,15 +44,17 @@ def table(results: dict) -> str:
     names = list(dict.fromkeys(row["name"] for row in rows if row["ours"]))
     header = ["weight", "what", "floor", *names, "of floor", "TB/s", "fastest other", "its time", "times"]
     header += [f"{name} {part}" for name in names for part in ("call", "host")]
+    counted = any("launches" in row for row in rows)
+    header += ["launches"] if counted else []
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
     lines[1][header.index("fastest other")] = "---"
     for shape, case in dict.fromkeys((tuple(row["shape"]), row["case"]) for row in rows):
-        here = [row for row in rows if tuple(row["shape"]) == shape and row["case"] == case]
+        here = case_rows(results, shape, case)
         own = {row["name"]: row for row in here if row["ours"]}
-        measured = [_median(row, "graph_us") for row in own.values()]
+        measured = [median(row, "graph_us") for row in own.values()]
         best = min((us for us in measured if us is not None), default=None)
         rivals = [row for row in here if not row["ours"] and is_right(row)]
-        rival = min(rivals, key=lambda row: _median(row, "graph_us"), default=None)
+        rival = min(rivals, key=lambda row: median(row, "graph_us"), default=None)
         floor = floor_us(case, shape, results["copy_tb_per_s"])
         of_floor = "" if best is None else f"{floor / best:.2f}"
         if best is not None and case == "per_tensor":
@@ -59,15 +64,32 @@ def table(results: dict) -> str:
                 _size(shape),
                 case,
                 _number(floor),
-                *(_number(_median(own.get(name, {}), "graph_us")) for name in names),
+                *(_number(median(own.get(name, {}), "graph_us")) for name in names),
                 of_floor,
                 "" if best is None else f"{must_move(case, shape) / best / 1e6:.2f}",
                 "" if rival is None else rival["name"],
-                "" if rival is None else _number(_median(rival, "graph_us")),
-                "" if rival is None or best is None else f"{_median(rival, 'graph_us') / best:.2f}",
-                *(_number(_median(own.get(name, {}), part)) for name in names for part in ("call_us", "host_us")),
+                "" if rival is None else _number(median(rival, "graph_us")),
+                "" if rival is None or best is None else f"{median(rival, 'graph_us') / best:.2f}",
+                *(_number(median(own.get(name, {}), part)) for name in names for part in ("call_us", "host_us")),
+                *([" / ".join(str(own.get(name, {}).get("launches", "-")) for name in names)] if counted else ()),
             ]
         )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sweep_table(results: dict) -> str:
+    """Markdown: microseconds and TB/s of our first backend, by size of the weight."""
+    rows = results["sweep"]
+    name = next((r["name"] for r in rows if r["ours"]), None)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = [["bf16 weight", *(f"{case}, {name}" for case in cases)], ["---:"] * (1 + len(cases))]
+    for size in dict.fromkeys(row["bytes"] for row in rows):
+        cells = []
+        for case in cases:
+            mine = (r for r in rows if (r["bytes"], r["case"], r["name"]) == (size, case, name))
+            us = median(next(mine, {}), "graph_us")
+            cells.append("-" if us is None else f"{_number(us)} ({1.5 * size / us / 1e6:.2f})")
+        lines.append([f"{size / 2**20:.2f} MiB", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -77,7 +99,7 @@ def peer_table(results: dict, shape: tuple[int, ...]) -> str:
     rows = [row for row in results["rows"] if tuple(row["shape"]) == tuple(shape)]
     for case in dict.fromkeys(row["case"] for row in rows):
         here = [row for row in rows if row["case"] == case]
-        for row in sorted(here, key=lambda row: _median(row, "graph_us") or float("inf")):
+        for row in sorted(here, key=lambda row: median(row, "graph_us") or float("inf")):
             graph = row.get("graph_us")
             if graph is None:
                 note = row.get("error", "not measured")
@@ -85,7 +107,7 @@ def peer_table(results: dict, shape: tuple[int, ...]) -> str:
                 note = f"{_number(graph['low'])} to {_number(graph['high'])}"
             rate = "" if graph is None else f"{must_move(case, shape) / graph['median'] / 1e6:.2f}"
             name = row["name"] if is_right(row) or graph is None else f"{row['name']} (wrong result)"
-            values = [_number(_median(row, part)) for part in ("graph_us", "call_us", "host_us")]
+            values = [_number(median(row, part)) for part in ("graph_us", "call_us", "host_us")]
             lines.append([case, name, values[0], note, rate, *values[1:]])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -99,12 +121,20 @@ def report(results: dict) -> str:
         f"Microseconds, medians of {results['repeats']}.",
         table(results),
     ]
+    if "sweep" in results:
+        parts.append(sweep_table(results))
     failed = [line_of(row) for row in results["rows"] if "error" in row]
-    left_out = [f"{library}: {reason}" for library, reason in results["absent"].items()]
-    for title, lines in (("Not measured", failed), ("Not here", left_out)):
+    absent = [f"{library}: {reason}" for library, reason in results["absent"].items()]
+    unmeasured = results.get("left_out", [])
+    for title, lines in (("Failed", failed), ("Left out for time", unmeasured), ("Not here", absent)):
         if lines:
             parts.append("\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]))
     return "\n\n".join(parts)
+
+
+def case_rows(results: dict, shape: tuple[int, ...], case: str) -> list[dict]:
+    """All that was measured of one weight and case."""
+    return [row for row in results["rows"] if tuple(row["shape"]) == tuple(shape) and row["case"] == case]
 
 
 def floor_us(case: str, shape: tuple[int, ...], copy_tb_per_s: float, reads: int = 1) -> float:
@@ -112,7 +142,7 @@ def floor_us(case: str, shape: tuple[int, ...], copy_tb_per_s: float, reads: int
     return must_move(case, shape, reads) / copy_tb_per_s / 1e6
 
 
-def _median(row, part):
+def median(row, part):
     return row.get(part, {}).get("median")
 
 
