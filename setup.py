@@ -1,11 +1,13 @@
-"""Builds the CUDA extension where it can be built; everything else about the package is in pyproject.toml.
+"""Builds the extensions that can be built; everything else about the package is in pyproject.toml.
 
-With nvcc and a CUDA torch at hand (`pip install --no-build-isolation .`) the wheel holds `fp8_kernels/_C.abi3.so`,
-which serves every torch from 2.10 on; otherwise it is pure Python. FP8_KERNELS_BUILD_CUDA=1 builds it against a
-CPU torch too, 0 never. TORCH_CUDA_ARCH_LIST ("9.0;10.0+PTX") picks the architectures.
+With torch and a C++ compiler at hand (`pip install --no-build-isolation .`) the wheel holds `fp8_kernels/_cpu.abi3.so`,
+with nvcc and a CUDA torch `_C.abi3.so` too; each serves every torch from 2.10 on. Otherwise it is pure Python.
+FP8_KERNELS_BUILD_CPU and FP8_KERNELS_BUILD_CUDA: 0 never, 1 always, the CUDA one then also against a CPU torch.
+CXX is the C++ compiler, TORCH_CUDA_ARCH_LIST ("9.0;10.0+PTX") picks the GPUs' architectures.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +18,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 DEFAULT_ARCHS = "8.9;9.0;10.0+PTX"
-COMPILE_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-Xfatbin=-compress-all",
-    "-DUSE_CUDA",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the ABI of torch 2.10
-]
+ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "-DUSE_CUDA", ABI]
+# Nothing is contracted: a fused multiplication and addition has other bits. Nothing looks at errno or at floating-point
+# traps, which would keep loops from becoming vector code.
+CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+CPU_FLAGS += ["-fno-trapping-math", ABI]
+# The kernels are compiled once for each of these; csrc/cpu/ops.cpp chooses at run time.
+CPU_LEVELS = {"kBaseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_LEVELS |= {"kAvx2": ["-march=x86-64-v3"], "kAvx512": ["-march=x86-64-v4"]}
 
 
 def find_nvcc():
@@ -33,15 +37,33 @@ def find_nvcc():
     return shutil.which("nvcc")
 
 
+def find_cxx():
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
+    )
+
+
+def find_torch():
+    try:
+        import torch  # absent in an isolated build
+    except ImportError:
+        return None
+    return torch
+
+
 def wants_cuda():
     forced = os.environ.get("FP8_KERNELS_BUILD_CUDA", "")
     if forced:
         return forced != "0"
-    try:
-        import torch  # absent in an isolated build
-    except ImportError:
-        return False
-    return torch.version.cuda is not None and find_nvcc() is not None
+    torch = find_torch()
+    return torch is not None and torch.version.cuda is not None and find_nvcc() is not None
+
+
+def wants_cpu():
+    forced = os.environ.get("FP8_KERNELS_BUILD_CPU", "")
+    if forced:
+        return forced != "0"
+    return os.name == "posix" and find_torch() is not None and find_cxx() is not None
 
 
 def arch_flags():
@@ -64,46 +86,71 @@ def call(*command):
         raise RuntimeError(f"{command[0]} failed with exit code {done.returncode}, see above")
 
 
-class BuildCuda(build_ext):
-    """nvcc by hand: torch's CUDAExtension refuses a CPU torch, which is all that this library needs to build."""
+class BuildNative(build_ext):
+    """Compilers called by hand: torch's CUDAExtension refuses a CPU torch, which is all that is needed to build, and
+    setuptools would compile each source once, with one set of flags."""
 
     def build_extension(self, ext):
-        import torch
+        target = Path(self.get_ext_fullpath(ext.name))
+        inputs = [*(file for file in (ROOT / "csrc").rglob("*") if file.is_file()), ROOT / "setup.py"]
+        if not self.force and target.exists() and target.stat().st_mtime > max(f.stat().st_mtime for f in inputs):
+            return
+        objects = Path(self.build_temp, ext.name)
+        for folder in (target.parent, objects):
+            folder.mkdir(parents=True, exist_ok=True)
+        (self.build_cuda if ext.name == CUDA else self.build_cpu)(
+            ext, target, objects, Path(find_torch().__file__).parent
+        )
 
+    def build_cpu(self, ext, target, objects, torch_root):
+        cxx = find_cxx()
+        if cxx is None:
+            raise RuntimeError("FP8_KERNELS_BUILD_CPU=1 needs a C++ compiler: put g++ or clang++ on PATH or set CXX")
+        units = [(source, []) for source in ext.sources if not source.endswith("kernels.cpp")]
+        kernels = next(source for source in ext.sources if source.endswith("kernels.cpp"))
+        units += [(kernels, [f"-DKERNELS={level}", *flags]) for level, flags in CPU_LEVELS.items()]
+        outputs = [objects / f"{i}.o" for i in range(len(units))]
+
+        def compile_one(unit, output):
+            source, flags = unit
+            call(cxx, *CPU_FLAGS, *flags, f"-I{torch_root / 'include'}", "-c", ROOT / source, "-o", output)
+
+        compile_all(compile_one, units, outputs)
+        call(cxx, "-shared", "-o", target, *outputs, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch")
+
+    def build_cuda(self, ext, target, objects, torch_root):
         nvcc = find_nvcc()
         if nvcc is None:
             raise RuntimeError("FP8_KERNELS_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
-        torch_root = Path(torch.__file__).parent
-        target = Path(self.get_ext_fullpath(ext.name))
-        inputs = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
-        if not self.force and target.exists() and target.stat().st_mtime > max(f.stat().st_mtime for f in inputs):
-            return
-        objects = Path(self.build_temp, "fp8_kernels")
-        for folder in (target.parent, objects):
-            folder.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{torch_root / 'include'}"]
+        outputs = [objects / f"{Path(source).name}.o" for source in ext.sources]
 
-        def compile_one(source):
-            target = objects / f"{Path(source).name}.o"
-            call(nvcc, *COMPILE_FLAGS, *arch_flags(), *includes, "-c", ROOT / source, "-o", target)
-            return target
+        def compile_one(source, output):
+            call(nvcc, *CUDA_FLAGS, *arch_flags(), f"-I{torch_root / 'include'}", "-c", ROOT / source, "-o", output)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = list(pool.map(compile_one, ext.sources))
-
+        compile_all(compile_one, ext.sources, outputs)
         libraries = torch_root / "lib"
         if not (libraries / "libtorch_cuda.so").exists():
             # The library must ask for libtorch_cuda.so, or its symbols are not found where torch has it.
             stub = objects / "libtorch_cuda.so"
             call(nvcc, "-shared", "-Xlinker=-soname=libtorch_cuda.so", "-o", stub, "-x", "cu", os.devnull)
         link = ["-Xlinker=--no-as-needed", f"-L{libraries}", f"-L{objects}", "-ltorch_cuda", "-ltorch_cpu", "-ltorch"]
-        call(nvcc, "-shared", "-cudart=static", "-o", target, *compiled, *link)
+        call(nvcc, "-shared", "-cudart=static", "-o", target, *outputs, *link)
 
 
-sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.c[up]*") if path.suffix != ".cuh")
-extension = Extension("fp8_kernels._C", sources, py_limited_api=True)
+def compile_all(compile_one, *arguments):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, *arguments))
+
+
+def sources(folder):
+    return sorted(str(path.relative_to(ROOT)) for path in folder.glob("*.c[up]*") if path.suffix in (".cu", ".cpp"))
+
+
+CUDA, CPU = "fp8_kernels._C", "fp8_kernels._cpu"
+extensions = [Extension(CPU, sources(ROOT / "csrc" / "cpu"), py_limited_api=True)] if wants_cpu() else []
+extensions += [Extension(CUDA, sources(ROOT / "csrc"), py_limited_api=True)] if wants_cuda() else []
 setup(
-    ext_modules=[extension] if wants_cuda() else [],
-    cmdclass={"build_ext": BuildCuda},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if wants_cuda() else {},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

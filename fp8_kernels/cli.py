@@ -142,7 +142,7 @@ def env(args) -> int:
         **{package: version(package) for package in packages},
         "cuda": torch.version.cuda,
         "devices": devices,
-        "extension": None if _ext.path() is None else _ext.path().name,
+        "extensions": [kind for kind in _ext.LIBRARIES if _ext.path(kind)],
         "backends": {kind: available_backends(kind) for kind in ("cpu", *(("cuda",) if devices else ()))},
     }
     _print(args, found, "\n".join(f"{key:<20} {'-' if value is None else value}" for key, value in found.items()))
