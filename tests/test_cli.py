@@ -119,7 +119,7 @@ def test_env_names_versions_and_backends():
     """What a bug report needs."""
     found = json.loads(run("env", "--json").stdout)
     assert found["torch"] == torch.__version__ or found["torch"] in torch.__version__
-    assert found["backends"]["cpu"] == ["reference"]
+    assert found["backends"]["cpu"] == (["cpu"] if "cpu" in found["extensions"] else []) + ["reference"]
     assert bool(found["devices"]) == torch.cuda.is_available()
 
 
