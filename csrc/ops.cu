@@ -27,23 +27,6 @@ ScalarType scalar_type(const Tensor& t) {
   return static_cast<ScalarType>(number);
 }
 
-// The rule of numerics 0 (exact) and 1 (vLLM's, which depends on what one scale covers).
-Rule make_rule(int64_t numerics, int64_t block_n, int64_t block_k) {
-  STD_TORCH_CHECK(numerics == 0 || numerics == 1, "`numerics` must be 0 or 1, got ", numerics);
-  Rule rule;
-  if (numerics == 0) return rule;
-  rule.min_scale = block_n == 1 && block_k == kWhole ? 1.0f / (448 * 512) : 0.0f;
-  if (block_n == 1) {
-    rule.min_amax = block_k == kWhole ? 0.0f : 1e-10f;
-    return rule;
-  }
-  const bool is_whole = block_n == kWhole && block_k == kWhole;
-  rule.min_amax = is_whole ? 0.0f : 1e-4f;
-  rule.reciprocal_max = !is_whole;
-  rule.corrected_below = 0.0f;
-  return rule;
-}
-
 InputType input_type(const char* name, const Tensor& t) {
   switch (scalar_type(t)) {
     case ScalarType::Float:
@@ -203,7 +186,8 @@ void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tens
   p.fp8_type = fp8_type("q", q);
   p.scale_type = scale_type(scale);
   p.pow2 = pow2;
-  p.rule = make_rule(numerics, block_n, block_k);
+  STD_TORCH_CHECK(numerics == 0 || numerics == 1, "`numerics` must be 0 or 1, got ", numerics);
+  p.rule = make_rule(numerics, block_n, block_k, fp8_max(p.fp8_type));
   if (g.num_groups == 0) return;
   if (block_n == kWhole && block_k == kWhole && rows_adjoin(p.w, g) && rows_adjoin(p.q, g)) join_rows(g);
   const bool aligned = is_aligned(p.w, g, w.element_size()) && is_aligned(p.q, g, 1);

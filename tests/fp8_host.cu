@@ -61,7 +61,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   if (mode == "cast" && argc == 4) {
-    if (flag(3)) rule.corrected_below = 0.0f;
+    if (flag(3)) rule.reciprocal = true;
     const Fp8Type fp8 = flag(2) ? Fp8Type::kE5M2 : Fp8Type::kE4M3;
     for (const float2 pair : read_all<float2>()) {
       std::fputc(static_cast<int>(to_fp8x2(ScaleDivider(pair.y, rule)(pair.x), 0.0f, fp8) & 0xff), stdout);

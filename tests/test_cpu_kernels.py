@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     reason="the CPU extension was not built (`python setup.py build_ext --inplace`, with a C++ compiler)",
 )
 WEIGHTS = [torch.bfloat16, torch.float16, torch.float32]
-FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 SCHEMES = ["per_tensor", "per_channel", "per_block", "per_group", "mxfp8", fk.PerBlock(3, 5)]
 # One element; odd; around 128; experts; nothing; many short rows and one long one, for both ways to share out work.
 SHAPES = [(1, 1), (7, 33), (129, 576), (3, 130, 257), (2, 0, 5), (0, 4), (1025, 64), (1, 70_001)]
@@ -35,10 +35,12 @@ def weight(shape, dtype):
 
 
 def assert_equal_to_reference(w, scheme, fp8):
-    q, scale = fk.quantize(w, scheme, dtype=fp8, backend="cpu")
-    q_reference, scale_reference = fk.quantize(w, scheme, dtype=fp8, backend="reference")
-    assert_same_bits(scale, scale_reference)
-    assert_same_bits(q, q_reference)
+    has_vllm = scheme != "mxfp8" and "e4m3" in str(fp8)  # what vLLM quantizes to
+    for numerics in ("vllm", "exact") if has_vllm else ("exact",):
+        q, scale = fk.quantize(w, scheme, dtype=fp8, numerics=numerics, backend="cpu")
+        q_reference, scale_reference = fk.quantize(w, scheme, dtype=fp8, numerics=numerics, backend="reference")
+        assert_same_bits(scale, scale_reference)
+        assert_same_bits(q, q_reference)
     amax = fk.amax(w, scheme, backend="cpu")
     assert_same_bits(amax, fk.amax(w, scheme, backend="reference"))
     assert_same_bits(fk.quantize(w, scheme, dtype=fp8, amax=amax, backend="cpu")[0], q_reference)
@@ -98,6 +100,20 @@ def test_maxima_accumulate():
     for backend, out in seen.items():
         fk.amax(w, "per_channel", out=out, accumulate=True, backend=backend)
     assert_same_bits(seen["cpu"], seen["reference"])
+
+
+def test_many_weights_and_a_copy_that_measures():
+    """The ops for several weights, and for a shard that is copied, do what the simple ones do."""
+    weights = [weight(shape, torch.bfloat16) for shape in SHAPES]
+    for w, (q, scale) in zip(weights, fk.quantize_many(weights, "per_block", backend="cpu"), strict=True):
+        expected = fk.quantize(w, "per_block", backend="reference")
+        assert_same_bits(q, expected[0])
+        assert_same_bits(scale, expected[1])
+    w = weights[2]
+    out, amax = torch.empty_like(w), torch.full((), 1e-3)
+    fk.copy_amax(w.mT.contiguous().mT, out, amax, "per_tensor", backend="cpu")
+    assert_same_bits(out, w)
+    assert_same_bits(amax, fk.amax(w, "per_tensor", backend="reference"))
 
 
 def test_views_inside_a_buffer_are_all_that_is_written():

@@ -57,13 +57,15 @@ struct Float16 {
   static constexpr Bits kNan = 0x7e00;
 };
 
-// FP8 formats by their mantissa bits and exponent bias.
-template <int kMantissaBits, int kBias, uint32_t kMaxBits>
+// FP8 formats by their mantissa bits and exponent bias; `kFnuz`: see Format.
+template <int kMantissaBits, int kBias, bool kFnuz>
 struct Fp8 {
-  // Saturating, ties to even; every NaN is 0x7f.
-  static uint8_t encode(float x) {
+  static constexpr uint32_t kNanCode = kFnuz ? 0x80 : 0x7f;
+
+  // Saturating at a number of this format, given as bits; ties to even; every NaN is the same code.
+  static uint8_t encode(float x, uint32_t max_bits) {
     const uint32_t b = bits_of(x), magnitude = b & kMagnitude;
-    const uint32_t clamped = magnitude < kMaxBits ? magnitude : kMaxBits;
+    const uint32_t clamped = magnitude < max_bits ? magnitude : max_bits;
     constexpr int kDropped = 23 - kMantissaBits;
     // Below the smallest normal the sum's last place is the subnormals' step, so the addition rounds.
     constexpr uint32_t kMagic = static_cast<uint32_t>(127 - kBias + kDropped + 1) << 23;
@@ -71,8 +73,9 @@ struct Fp8 {
     const uint32_t subnormal = bits_of(float_of(clamped) + float_of(kMagic)) - kMagic;
     const uint32_t half = (1u << (kDropped - 1)) - 1 + ((clamped >> kDropped) & 1);
     const uint32_t normal = (clamped - (static_cast<uint32_t>(127 - kBias) << 23) + half) >> kDropped;
-    const uint32_t code = (clamped < kSmallestNormal ? subnormal : normal) | ((b >> 24) & 0x80);
-    return static_cast<uint8_t>(magnitude > kInfBits ? 0x7f : code);
+    const uint32_t value = clamped < kSmallestNormal ? subnormal : normal;
+    const uint32_t sign = (b >> 24) & (kFnuz && value == 0 ? 0 : 0x80);
+    return static_cast<uint8_t>(magnitude > kInfBits ? kNanCode : value | sign);
   }
 
   static float decode(uint8_t code) {
@@ -82,13 +85,12 @@ struct Fp8 {
     const float subnormal = float_of(magnitude + kRebias + kOne) - float_of(kRebias + kOne);
     const float normal = float_of(magnitude + kRebias);
     const uint32_t value = bits_of(magnitude < kOne ? subnormal : normal) | static_cast<uint32_t>(code & 0x80) << 24;
+    if constexpr (kFnuz) return float_of(code == kNanCode ? kNanBits : value);
     if constexpr (kMantissaBits == 3) return float_of((code & 0x7f) == 0x7f ? kNanBits : value);
     const uint32_t special = (code & 0x7f) == 0x7c ? kInfBits | (value & ~kMagnitude) : kNanBits;
     return float_of((code & 0x7f) >= 0x7c ? special : value);
   }
 };
-using E4M3 = Fp8<3, 7, 0x43e00000>;   // 448
-using E5M2 = Fp8<2, 15, 0x47600000>;  // 57344
 
 template <typename Function>
 void dispatch(InputType type, Function&& f) {
@@ -103,8 +105,17 @@ void dispatch(InputType type, Function&& f) {
 }
 
 template <typename Function>
-void dispatch(Fp8Type type, Function&& f) {
-  type == Fp8Type::kE4M3 ? f(E4M3{}) : f(E5M2{});
+void dispatch(Format format, Function&& f) {
+  switch (format) {
+    case Format::kE4M3:
+      return f(Fp8<3, 7, false>{});
+    case Format::kE5M2:
+      return f(Fp8<2, 15, false>{});
+    case Format::kE4M3Fnuz:
+      return f(Fp8<3, 8, true>{});
+    case Format::kE5M2Fnuz:
+      return f(Fp8<2, 16, true>{});
+  }
 }
 
 // Calls f(column group, first element of the run in the row, its length).
@@ -156,16 +167,25 @@ void merge_amax(const Weight& weight, int64_t unit, int64_t first_row, int64_t l
 }
 
 template <typename Element, typename Format, typename Stride>
-void cast_run(const typename Element::Bits* x, uint8_t* q, int64_t size, Stride x_stride, Stride q_stride,
-              float scale) {
-  for (int64_t i = 0; i < size; ++i) q[i * q_stride] = Format::encode(Element::load(x[i * x_stride]) / scale);
+void cast_run(const typename Element::Bits* x, uint8_t* q, int64_t size, Stride x_stride, Stride q_stride, float scale,
+              bool reciprocal, uint32_t max_bits) {
+  if (reciprocal) {
+    for (int64_t i = 0; i < size; ++i) {
+      q[i * q_stride] = Format::encode(Element::load(x[i * x_stride]) * scale, max_bits);
+    }
+  } else {
+    for (int64_t i = 0; i < size; ++i) {
+      q[i * q_stride] = Format::encode(Element::load(x[i * x_stride]) / scale, max_bits);
+    }
+  }
 }
 
 void cast(const Weight& weight, const Codes& codes, int64_t unit, int64_t first_row, int64_t last_row,
-          const float* scale) {
+          const float* scale, bool reciprocal, float fp8_max) {
+  const uint32_t max_bits = bits_of(fp8_max);
   const int64_t x_stride = weight.w.col_stride, q_stride = codes.q.col_stride;
   dispatch(weight.type, [&](auto element) {
-    dispatch(codes.fp8_type, [&](auto format) {
+    dispatch(codes.format, [&](auto format) {
       using Element = decltype(element);
       using Format = decltype(format);
       for (int64_t row = first_row; row < last_row; ++row) {
@@ -174,9 +194,10 @@ void cast(const Weight& weight, const Codes& codes, int64_t unit, int64_t first_
         for_each_run(weight.grouping, [&](int64_t group, int64_t col, int64_t size) {
           with_stride(x_stride == 1 && q_stride == 1 ? 1 : 2, [&](auto stride) {
             if constexpr (std::is_same_v<decltype(stride), int64_t>) {
-              cast_run<Element, Format>(x + col * x_stride, q + col * q_stride, size, x_stride, q_stride, scale[group]);
+              cast_run<Element, Format>(x + col * x_stride, q + col * q_stride, size, x_stride, q_stride, scale[group],
+                                        reciprocal, max_bits);
             } else {
-              cast_run<Element, Format>(x + col, q + col, size, stride, stride, scale[group]);
+              cast_run<Element, Format>(x + col, q + col, size, stride, stride, scale[group], reciprocal, max_bits);
             }
           });
         });
@@ -198,7 +219,7 @@ void dequantize(const Codes& codes, const Weight& weight, int64_t unit, int64_t 
                 const float* scale) {
   const int64_t w_stride = weight.w.col_stride, q_stride = codes.q.col_stride;
   dispatch(weight.type, [&](auto element) {
-    dispatch(codes.fp8_type, [&](auto format) {
+    dispatch(codes.format, [&](auto format) {
       using Element = decltype(element);
       using Format = decltype(format);
       for (int64_t row = first_row; row < last_row; ++row) {

@@ -31,9 +31,12 @@ struct Weight {
   InputType type;
 };
 
+// FP8 formats; those of AMD ("fnuz") have one zero and one NaN, no infinity, and a larger exponent bias.
+enum class Format : int32_t { kE4M3, kE5M2, kE4M3Fnuz, kE5M2Fnuz };
+
 struct Codes {
   View q, scale;
-  Fp8Type fp8_type;
+  Format format;
   ScaleType scale_type;
 };
 
@@ -41,8 +44,10 @@ struct Codes {
 struct Kernels {
   // Maxima, as bits of |x| in fp32, of those rows' elements of each column group, merged into amax[grid_k].
   void (*merge_amax)(const Weight&, int64_t unit, int64_t first_row, int64_t last_row, uint32_t* amax);
-  // The codes of those rows, all of one row of groups, whose scales are given as fp32 [grid_k].
-  void (*cast)(const Weight&, const Codes&, int64_t unit, int64_t first_row, int64_t last_row, const float* scale);
+  // The codes of those rows, all of one row of groups, whose scales are given as fp32 [grid_k]; as their reciprocals
+  // where elements are multiplied by them.
+  void (*cast)(const Weight&, const Codes&, int64_t unit, int64_t first_row, int64_t last_row, const float* scale,
+               bool reciprocal, float fp8_max);
   // The same backwards: w from codes and scales; `w.w` is written.
   void (*dequantize)(const Codes&, const Weight& w, int64_t unit, int64_t first_row, int64_t last_row,
                      const float* scale);

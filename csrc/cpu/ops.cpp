@@ -61,11 +61,25 @@ InputType input_type(const Tensor& t) {
                                     : InputType::kBFloat16;
 }
 
-Fp8Type fp8_type(const Tensor& t) {
-  const ScalarType type = scalar_type(t);
-  STD_TORCH_CHECK(type == ScalarType::Float8_e4m3fn || type == ScalarType::Float8_e5m2,
-                  "`q` must be float8_e4m3fn or float8_e5m2");
-  return type == ScalarType::Float8_e4m3fn ? Fp8Type::kE4M3 : Fp8Type::kE5M2;
+Format format_of(const Tensor& t) {
+  switch (scalar_type(t)) {
+    case ScalarType::Float8_e4m3fn:
+      return Format::kE4M3;
+    case ScalarType::Float8_e5m2:
+      return Format::kE5M2;
+    case ScalarType::Float8_e4m3fnuz:
+      return Format::kE4M3Fnuz;
+    case ScalarType::Float8_e5m2fnuz:
+      return Format::kE5M2Fnuz;
+    default:
+      STD_TORCH_CHECK(false, "`q` must be one of the FP8 dtypes");
+  }
+}
+
+float fp8_max(Format format, int64_t numerics) {
+  if (format == Format::kE4M3) return 448.0f;
+  if (format == Format::kE4M3Fnuz) return numerics == 0 ? 240.0f : 224.0f;  // see rule() in fp8_kernels/reference.py
+  return 57344.0f;
 }
 
 ScaleType scale_type(const Tensor& t) {
@@ -206,13 +220,16 @@ std::vector<uint32_t> find_amax(const Weight& weight) {
 }
 
 void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tensor& q, const Tensor& scale,
-                  int64_t block_n, int64_t block_k, bool pow2) {
+                  int64_t block_n, int64_t block_k, bool pow2, int64_t numerics) {
   const Grouping g = make_grouping(w, block_n, block_k);
   const bool is_grid = has_grid(block_n, block_k);
   const Weight source = {g, view("w", w, g.num_units, g.num_rows, g.num_cols, w), input_type(w)};
   const Codes codes = {view("q", q, g.num_units, g.num_rows, g.num_cols, w),
-                       view("scale", scale, g.num_units, g.grid_n, g.grid_k, w, is_grid), fp8_type(q),
+                       view("scale", scale, g.num_units, g.grid_n, g.grid_k, w, is_grid), format_of(q),
                        scale_type(scale)};
+  STD_TORCH_CHECK(numerics == 0 || numerics == 1, "`numerics` must be 0 or 1, got ", numerics);
+  const float max = fp8_max(codes.format, numerics);
+  const Rule rule = make_rule(numerics, block_n, block_k, max);
   View given;
   if (amax.has_value()) {
     STD_TORCH_CHECK(scalar_type(*amax) == ScalarType::Float, "`amax` must be float32");
@@ -230,13 +247,17 @@ void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tens
     for (int64_t col = 0; col < g.grid_k; ++col) {
       const uint32_t bits =
           amax.has_value() ? element<uint32_t>(given, band.unit, band.grid_row, col) : band_amax[col];
-      const uint32_t stored = stored_scale(float_of(bits), codes.fp8_type, pow2, codes.scale_type);
+      const uint32_t stored = stored_scale(float_of(bits), max, pow2, codes.scale_type, rule);
       scales[col] = scale_value(stored, codes.scale_type);
+      if (rule.reciprocal) {
+        const float reciprocal = 1.0f / scales[col];
+        scales[col] = bits_of(reciprocal) == kInfBits ? 0.0f : reciprocal;
+      }
       if (band.first_row == band.grid_row * g.block_n) {
         store_scale(stored, codes.scale, codes.scale_type, band.unit, band.grid_row, col);
       }
     }
-    kernels().cast(source, codes, band.unit, band.first_row, band.last_row, scales.data());
+    kernels().cast(source, codes, band.unit, band.first_row, band.last_row, scales.data(), rule.reciprocal, max);
   };
   Bands(g, one_pass).for_each([&](const Band& band) {
     if (one_pass) {
@@ -262,12 +283,27 @@ void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t bloc
   }
 }
 
+void quantize_many_out(const std::vector<Tensor>& w, const std::vector<Tensor>& q, const std::vector<Tensor>& scale,
+                       int64_t block_n, int64_t block_k, bool pow2, int64_t numerics) {
+  STD_TORCH_CHECK(q.size() == w.size() && scale.size() == w.size(), "`q` and `scale` must have the length of `w`, ",
+                  w.size(), ", got ", q.size(), " and ", scale.size());
+  for (size_t i = 0; i < w.size(); ++i) {
+    quantize_out(w[i], std::nullopt, q[i], scale[i], block_n, block_k, pow2, numerics);
+  }
+}
+
+void copy_amax_out(const Tensor& w, const Tensor& out, const Tensor& amax, int64_t block_n, int64_t block_k) {
+  Tensor target = out;
+  torch::stable::copy_(target, w);
+  amax_out(out, amax, block_n, block_k, true);
+}
+
 void dequantize_out(const Tensor& q, const Tensor& scale, const Tensor& w, int64_t block_n, int64_t block_k) {
   const Grouping g = make_grouping(q, block_n, block_k);
   const Weight weight = {g, view("w", w, g.num_units, g.num_rows, g.num_cols, q), input_type(w)};
   const Codes codes = {view("q", q, g.num_units, g.num_rows, g.num_cols, q),
                        view("scale", scale, g.num_units, g.grid_n, g.grid_k, q, has_grid(block_n, block_k)),
-                       fp8_type(q), scale_type(scale)};
+                       format_of(q), scale_type(scale)};
   Bands(g, false).for_each([&](const Band& band) {
     std::vector<float> scales(g.grid_k);
     for (int64_t col = 0; col < g.grid_k; ++col) {
@@ -283,6 +319,8 @@ void dequantize_out(const Tensor& q, const Tensor& scale, const Tensor& w, int64
 STABLE_TORCH_LIBRARY_IMPL(fp8_kernels, CPU, m) {
   m.impl("quantize_out", TORCH_BOX(&quantize_out));
   m.impl("amax_out", TORCH_BOX(&amax_out));
+  m.impl("quantize_many_out", TORCH_BOX(&quantize_many_out));
+  m.impl("copy_amax_out", TORCH_BOX(&copy_amax_out));
   m.impl("dequantize_out", TORCH_BOX(&dequantize_out));
 }
 
