@@ -148,7 +148,7 @@ class Session:
             units = [target] if tracked.entry.scheme is None or target.ndim == 2 else list(target)
             for unit, part in zip(tracked.units, units, strict=True):
                 if not unit.final and not unit.coverage.complete:
-                    _generate(part, str(unit), seed)
+                    _generate(part, str(unit), seed, self._device if part.is_meta else part.device)
 
     # While the engine loads.
 
@@ -346,13 +346,13 @@ class Session:
         phases["finish"] = now - started - (phases.get("quantize", 0.0) - quantizing)
 
 
-def _generate(t, name, seed):
+def _generate(t, name, seed, device):
     """Values that a model computes with and stays finite: small weights, norms of 1, biases of 0."""
     if not t.is_floating_point() or t.element_size() == 1 or name.endswith("bias"):
         t.zero_()
     elif t.ndim < 2:
         t.fill_(1)
     else:
-        generator = torch.Generator(t.device if not t.is_meta else "cpu")
+        generator = torch.Generator(device)
         bound = t.size(-1) ** -0.5 if t.numel() else 0.0
         t.uniform_(-bound, bound, generator=generator.manual_seed(seed ^ zlib.crc32(name.encode())))
