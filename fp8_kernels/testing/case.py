@@ -31,7 +31,8 @@ NEEDS = {
     "budget": "the loader can be told how many bytes of high precision it may hold",
     "threads": "threads other than the one that entered load too: `Adapter.worker`",
     "reload": "a loaded model takes new weights: `Load.mode`",
-    "scope": "a reload can be told which weights will arrive",
+    "partial": "a reload may bring some weights only; `scope` in the facts names them",
+    "scope": "a reload that was told what will arrive refuses the rest",
     "hooks": "the loader calls an engine's own processing: `Load.on_module` and `Load.on_finish`",
     "ranks": "several processes of torch.distributed load together",
     "scale_group": "scales can be those of the unsharded weight",
@@ -100,8 +101,8 @@ class Load:
         passes: tensor -> what it must hold afterwards, as it is.
         refused: the load must fail like this instead.
         check: called with the session afterwards, also after an expected refusal; raises AssertionError.
-        on_module: the engine's own processing of a module when all its tensors are final: called with the session and
-            the module, in a layout that nothing has changed yet.
+        on_module: the engine's own processing of a module with FP8 weights, when all its tensors are final: called with
+            the session and the module, in a layout that nothing has changed yet.
         on_finish: likewise of the model, when every module is.
         facts: what the engine has to tell its loader about this model or checkpoint. Keys: `ignore`, `optional`
             (patterns), `logical_shapes` (pattern -> shape), `staging_budget` (bytes), `reads_back` (parameters that the

@@ -12,6 +12,7 @@ from ..errors import ConflictingShardError, IncompleteLoadError, LoadError, NonF
 from ..load import load_checkpoint
 from ..loading import LayerwiseLoader
 from ..loading.reload import check_not_poisoned
+from .case import NEEDS
 from .runner import Adapter
 from .session import Session
 
@@ -20,10 +21,7 @@ class LayerwiseAdapter(Adapter):
     """Runs cases against `fp8_kernels.LayerwiseLoader`."""
 
     name = "fp8_kernels"
-    offers = frozenset(
-        {"progress", "staged_bytes", "logical_shapes", "optional", "threads", "checkpoint", "budget", "reads_back"}
-    )
-    offers |= {"reload", "scope", "hooks", "poison", "dummy"}
+    offers = frozenset(NEEDS) - {"ranks", "scale_group", "fp8_source", "offload", "cuda"}
     restores = True
     errors = {
         "incomplete": IncompleteLoadError,
@@ -34,6 +32,8 @@ class LayerwiseAdapter(Adapter):
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            self.offers = self.offers | {"cuda"}
 
     def enter(self, session: Session):
         load = session.load

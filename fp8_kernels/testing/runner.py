@@ -155,10 +155,9 @@ def _cell(outcomes):
     failed = [outcome for outcome in outcomes if outcome.status == "fail"]
     passed = [outcome for outcome in outcomes if outcome.status == "pass"]
     if failed:
-        of = f" ({len(failed)} of {len(failed) + len(passed)})" if passed else ""
-        return f"fail{of}"
+        return f"fail ({len(failed)} of {len(failed) + len(passed)})" if passed else "fail"
     if passed:
-        return "pass"
+        return "pass" if len(passed) == len(outcomes) else f"pass ({len(passed)} of {len(outcomes)} offered)"
     return "not offered" if outcomes else "not run"
 
 
