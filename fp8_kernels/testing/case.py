@@ -106,7 +106,8 @@ class Load:
         on_finish: likewise of the model, when every module is.
         facts: what the engine has to tell its loader about this model or checkpoint. Keys: `ignore`, `optional`
             (patterns), `logical_shapes` (pattern -> shape), `staging_budget` (bytes), `reads_back` (parameters that the
-            loader reads after it wrote something else), `scope` (patterns), `offload` (patterns).
+            loader reads after it wrote something else), `scope` (patterns), `offload` (patterns), `scale_group`
+            (patterns of weights whose scales span all ranks of torch.distributed).
         mode: "first", or over a loaded model "transactional" (a failure leaves the old weights) or "streaming".
         retained_bytes: at most so many bytes of sources may be alive after any call of a loader.
         staged_bytes: at most so many high-precision bytes may have been held at a time.

@@ -21,7 +21,7 @@ class LayerwiseAdapter(Adapter):
     """Runs cases against `fp8_kernels.LayerwiseLoader`."""
 
     name = "fp8_kernels"
-    offers = frozenset(NEEDS) - {"ranks", "scale_group", "fp8_source", "offload", "cuda"}
+    offers = frozenset(NEEDS) - {"cuda"}
     restores = True
     errors = {
         "incomplete": IncompleteLoadError,
@@ -40,6 +40,8 @@ class LayerwiseAdapter(Adapter):
         options = dict(load.facts)
         if "reads_back" in options:
             options["stream"] = dict.fromkeys(options.pop("reads_back"), False)
+        if "scale_group" in options:
+            options["scale_group"] = dict.fromkeys(options["scale_group"], torch.distributed.group.WORLD)
         if "progress" in session.case.needs:
             names = {module: name for name, module in session.model.named_modules()}
             options["on_module"] = lambda module: session.finished.append(names[module])

@@ -168,7 +168,7 @@ def _run_load(adapter, session):
     look = refused is not None and load.mode != "streaming" and (adapter.restores or refused.restored)
     before = fingerprint(session.model, with_values) if look else None
     measure = load.excess_bytes is not None or load.reserved_bytes is not None
-    excess = Excess(adapter.device) if measure else contextlib.nullcontext()
+    excess = Excess(adapter.device, session.model) if measure else contextlib.nullcontext()
     try:
         with excess, adapter.enter(session) as session.handle:
             for step in load.steps:

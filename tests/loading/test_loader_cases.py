@@ -17,20 +17,22 @@ ROWS = {
     "scalar_setitem index_writes out_variants foreach_copy_ rebinding numpy_or_dlpack_alias device_dependent_op "
     "zero_size_tensor rank_with_nothing_to_load non_local_expert redundant_expert_slot init_valued_tensor "
     "missing_shard missing_layer one_layer_across_files",
-    "C": "reused_source_buffer bf16_into_fp8_parameter fp8_checkpoint_into_quantizing_layer fp32_checkpoint "
-    "value_dependent_loader loader_side_effects per_tensor_scale_of_fused_qkv untileable_shape meta_source "
+    "C": "tensor_parallel_scale reused_source_buffer bf16_into_fp8_parameter "
+    "fp8_checkpoint_into_quantizing_layer fp32_checkpoint value_dependent_loader loader_side_effects per_tensor_scale_of_fused_qkv untileable_shape meta_source "
     "non_finite_weight monkey_patched_copy",
     "D": "held_references out_of_order_checkpoint full_tensor_held whole_layer_moe_unit fp32_temporaries "
     "prefetch_outruns_quantization reserved_not_allocated peak_measured_too_soon iterator_turned_into_list "
     "accounting_cost",
-    "E": "worker_threads concurrent_shards_of_one_unit thread_without_current_device async_copy_and_buffer_reuse",
+    "E": "worker_threads concurrent_shards_of_one_unit thread_without_current_device async_copy_and_buffer_reuse "
+    "unordered_completion one_rank_fails",
     "F": "exception_mid_reload bad_tensor_buffered_before_validation cuda_graph_pointers stale_weight_loader "
     "chunked_updates partial_update deferred_module engine_post_processing non_idempotent_post_processing "
     "alias_and_non_persistent_buffers",
-    "G": "dummy_load fused_3d_expert_checkpoint per_expert_checkpoint non_gated_moe single_file sharded_with_index "
-    "pickled_bin",
+    "G": "dummy_load fused_3d_expert_checkpoint per_expert_checkpoint non_gated_moe cpu_offloaded_parameter "
+    "single_file sharded_with_index pickled_bin",
 }
 CASES = list(loader_cases())
+ADAPTER = LayerwiseAdapter()
 
 
 @functools.lru_cache(maxsize=4)
@@ -50,7 +52,7 @@ def _runs():
 def test_case(case, scheme):
     """What the case says must hold, holds."""
     try:
-        run_case(LayerwiseAdapter(), cases_of(case.row, scheme)[case.name])
+        run_case(ADAPTER, cases_of(case.row, scheme)[case.name])
     except NotOffered as reason:
         pytest.skip(f"needs {reason}")
 

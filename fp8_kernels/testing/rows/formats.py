@@ -113,6 +113,19 @@ def non_gated_moe(scheme):
     yield Draft("", lambda: _Experts(gated=False), load)
 
 
+@row("G", "quantized, and then on the CPU")
+def cpu_offloaded_parameter(scheme):
+    w, other = values(7, 36), values(3, 5)
+
+    def placed(session):
+        for tensor in session.adapter.result(session.model, "fc.weight"):
+            assert tensor.device.type == "cpu", f"an offloaded weight is on {tensor.device}"
+
+    writes = [Write("fc.weight", w), Write("fc2.weight", other)]
+    load = Load(writes, {"fc.weight": w, "fc2.weight": other}, facts={"offload": ["fc.weight"]}, check=placed)
+    yield Draft("", {"fc": (7, 36), "fc2": (3, 5)}, load)
+
+
 def _from_folder(variant, save: Callable[[Path, dict], None], scheme):
     """Load a folder that `save` wrote, and compare every weight."""
     weights = {f"fc{i}.weight": values(7, 36) for i in range(3)}

@@ -114,7 +114,7 @@ def prefetch_outruns_quantization(scheme):
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(Path(folder), {f"{name}.weight": w for name, w in weights.items()})
             model = Linears({name: SHAPE for name in weights})
-            with Excess(adapter.device) as excess:
+            with Excess(adapter.device, model) as excess:
                 adapter.load_checkpoint(model, Path(folder), scheme)
         mapped = len(weights) * UNIT if adapter.device.type == "cpu" else 0  # a mapped file counts as allocated there
         limit = mapped + 4 * UNIT + SMALL
@@ -209,3 +209,12 @@ class Linears(torch.nn.Module):
         for name, (num_rows, num_cols) in shapes.items():
             linear = torch.nn.Linear(num_cols, num_rows, bias=False, device="meta", dtype=torch.bfloat16)
             self.add_module(name, linear)
+
+
+def load_folder(adapter, tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]], scheme: str):
+    """The model that the adapter loads from a folder of these tensors."""
+    model = Linears(shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), tensors)
+        adapter.load_checkpoint(model, Path(folder), scheme)
+    return model

@@ -57,12 +57,17 @@ def build(row: Row, scheme: str) -> list[LoaderCase]:
         return [_case(row, draft, scheme) for draft in row.drafts(scheme)]
 
 
+def build_one(shapes: Mapping[str, tuple[int, ...]], load: Load | Sequence[Load], scheme: str) -> LoaderCase:
+    """A case outside of the rows: what one rank of a case runs."""
+    return _case(Row("", "", "", iter), Draft("", shapes, load), scheme)
+
+
 def _case(row, draft, scheme):
     loads = (draft.load,) if isinstance(draft.load, Load) else tuple(draft.load)
     model = functools.partial(Weights, **draft.model) if isinstance(draft.model, Mapping) else draft.model
     needs = set(draft.needs)
     for load in loads:
-        needs |= {"optional", "logical_shapes", "offload"} & load.facts.keys()
+        needs |= {"optional", "logical_shapes", "offload", "scale_group"} & load.facts.keys()
         needs |= {"partial"} if "scope" in load.facts else set()
         needs |= {"budget"} if "staging_budget" in load.facts else set()
         needs |= {"reload"} if load.mode != "first" else set()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...ops import quantize
+from ..bits import assert_same_bits
 from ..case import Do, Load, Refused, Weights, Write, values
+from .memory import load_folder
 from .registry import Draft, row
 from .too_early import rows_of
 
@@ -38,6 +41,26 @@ def fp8_checkpoint_into_quantizing_layer(scheme):
         write = Write("fc.weight", torch.ones(6, 36).to(dtype))
         load = Load([write], refused=Refused("load", ("fc.weight",)))
         yield Draft(f"without_scale_{str(dtype).partition('.')[2]}", {"fc": (6, 36)}, load)
+    q, scale = quantize(values(7, 36), "per_channel")  # codes that the kit's own scheme would not always give
+    stored = {"fc.weight": q, "fc.weight_scale": scale}
+
+    def with_scale(adapter):
+        model = load_folder(adapter, stored, {"fc": (7, 36)}, "per_channel")
+        held, held_scale = adapter.result(model, "fc.weight")
+        assert_same_bits(held.detach().cpu(), q, "fc.weight")
+        assert_same_bits(held_scale.detach().cpu().reshape(scale.shape), scale, "fc.weight_scale")
+
+    yield Draft("with_scale", None, run=with_scale, needs={"checkpoint", "fp8_source"})
+
+    def lost_scale(adapter):
+        try:
+            load_folder(adapter, {"fc.weight": q}, {"fc": (7, 36)}, "per_channel")
+        except Exception as error:
+            assert "fc.weight" in str(error), f"the error does not name fc.weight: {error}"
+            return
+        raise AssertionError("FP8 data without its scale was loaded without an error")
+
+    yield Draft("folder_without_scale", None, run=lost_scale, needs={"checkpoint", "fp8_source"})
 
 
 @row("C", "quantized from fp32, not from its rounding to bf16")
