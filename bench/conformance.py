@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 import fp8_kernels as fk
-from fp8_kernels.testing import Adapter, LayerwiseAdapter, NotOffered, as_table, loader_cases, run_cases
+from fp8_kernels.testing import Adapter, LayerwiseAdapter, NotOffered, Outcome, as_table, loader_cases, run_cases
+from fp8_kernels.testing.case import SECTIONS
 
 
 class VllmReloadAdapter(Adapter):
@@ -134,53 +135,65 @@ def adapters() -> tuple[list[Adapter], dict[str, str]]:
     try:
         found.append(VllmReloadAdapter())
     except ImportError as error:
-        absent["vLLM reload"] = str(error)
+        absent["vLLM's reload package"] = str(error)
     return found, absent
 
 
-def run(scheme: str) -> dict:
-    """Every case against every loader: what is saved as JSON."""
-    loaders, absent = adapters()
-    results = {adapter.name: run_cases(adapter, loader_cases(scheme)) for adapter in loaders}
-    return {
-        "scheme": scheme,
-        "machine": {"torch": torch.__version__, "python": platform.python_version(), "fp8_kernels": fk.__version__},
-        "absent": absent,
-        "results": results,
+def as_json(scheme: str, results: dict[str, list[Outcome]], absent: dict[str, str]) -> dict:
+    """What is saved: outcomes as plain data, with the versions that they were found on."""
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "fp8_kernels": fk.__version__}
+    plain = {
+        name: [
+            {"section": o.case.section, "row": o.case.row, "case": o.case.name, "status": o.status, "detail": o.detail}
+            for o in outcomes
+        ]
+        for name, outcomes in results.items()
     }
+    return {"scheme": scheme, "machine": versions, "absent": absent, "results": plain}
 
 
-def report(found: dict, details: bool = False) -> str:
+def summary(saved: dict) -> str:
+    """Markdown: how many rows of each section pass, of those offered. A row passes if all of its cases do."""
+    names = list(saved["results"])
+    lines = [f"| rows that pass, of those offered | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    total = {name: Counter() for name in names}
+    for section, title in SECTIONS.items():
+        cells = []
+        for name in names:
+            counts = _rows(o for o in saved["results"][name] if o["section"] == section)
+            total[name] += counts
+            cells.append(_of(counts))
+        lines.append(f"| {section}. {title} | {' | '.join(cells)} |")
+    lines.append(f"| all | {' | '.join(_of(total[name]) for name in names)} |")
+    return "\n".join(lines)
+
+
+def _rows(outcomes):
+    """How many rows have which status."""
+    rows: dict[str, set[str]] = {}
+    for outcome in outcomes:
+        rows.setdefault(outcome["row"], set()).add(outcome["status"])
+    return Counter("fail" if "fail" in s else "pass" if "pass" in s else "not offered" for s in rows.values())
+
+
+def _of(counts):
+    offered = counts["pass"] + counts["fail"]
+    left_out = f" ({counts['not offered']} not offered)" if counts["not offered"] else ""
+    return f"{counts['pass']} of {offered}{left_out}"
+
+
+def report(saved: dict, results: dict[str, list[Outcome]], details: bool = False) -> str:
     """Markdown: the counts, the table, and with `details` each failure."""
-    about = ", ".join(f"{name} {version}" for name, version in found["machine"].items())
-    parts = [f"Scheme `{found['scheme']}`; {about}. A row passes if all of its cases do."]
-    for name, outcomes in found["results"].items():
-        rows: dict[str, set[str]] = {}
-        for outcome in outcomes:
-            rows.setdefault(outcome.case.row, set()).add(outcome.status)
-        kinds = Counter("fail" if "fail" in s else "pass" if "pass" in s else "not offered" for s in rows.values())
-        cases = Counter(outcome.status for outcome in outcomes)
-        parts.append(
-            f"- **{name}**: {kinds['pass']} of {len(rows)} rows pass, {kinds['fail']} fail, {kinds['not offered']} are "
-            f"not offered ({cases['pass']}, {cases['fail']} and {cases['not offered']} of {len(outcomes)} cases)"
-        )
-    parts += [f"- {name}: not here ({reason})" for name, reason in found["absent"].items()]
-    parts.append(as_table(found["results"]))
+    about = ", ".join(f"{name} {version}" for name, version in saved["machine"].items())
+    parts = [f"Scheme `{saved['scheme']}`; {about}.", summary(saved)]
+    parts += [f"{name} was not run: {reason}" for name, reason in saved["absent"].items()]
+    parts.append(as_table(results))
     if details:
-        for name, outcomes in found["results"].items():
-            lines = [f"- {o.case.name}: {o.detail}" for o in outcomes if o.status == "fail"]
+        for name, outcomes in saved["results"].items():
+            lines = [f"- {o['case']}: {o['detail']}" for o in outcomes if o["status"] == "fail"]
             if lines:
                 parts.append("\n".join([f"Failures of {name}:", "", *lines]))
     return "\n\n".join(parts)
-
-
-def as_json(found: dict) -> dict:
-    """The same as plain data."""
-    results = {
-        name: [{"case": o.case.name, "row": o.case.row, "status": o.status, "detail": o.detail} for o in outcomes]
-        for name, outcomes in found["results"].items()
-    }
-    return {**found, "results": results}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,14 +205,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, help="write the report here too")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=UserWarning)
-    found = run(args.scheme)
-    text = report(found, args.details)
+    loaders, absent = adapters()
+    results = {adapter.name: run_cases(adapter, loader_cases(args.scheme)) for adapter in loaders}
+    saved = as_json(args.scheme, results, absent)
+    text = report(saved, results, args.details)
     print(text)
     if args.json:
-        args.json.write_text(json.dumps(as_json(found), indent=1) + "\n")
+        args.json.write_text(json.dumps(saved, indent=1) + "\n")
     if args.markdown:
         args.markdown.write_text(text + "\n")
-    return int(any(o.status == "fail" for o in found["results"][LayerwiseAdapter.name]))
+    return int(any(o.status == "fail" for o in results[LayerwiseAdapter.name]))
 
 
 if __name__ == "__main__":

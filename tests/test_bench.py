@@ -1,4 +1,4 @@
-"""bench.kernels and its tables: what they count, compare and print, and that they run where there is a GPU."""
+"""The benchmarks and their tables: what they count, compare and print, and that they run where there is a GPU."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bars, kernels, measure, peers, readme, tables
-from fp8_kernels.testing import assert_same_bits
+from bench import bars, conformance, kernels, measure, peers, readme, tables
+from fp8_kernels.testing import assert_same_bits, loader_cases
 
 ROOT = Path(kernels.__file__).parents[1]
 # A weight, experts, one expert: with blocks of 128 in both directions, more than one of each.
@@ -235,3 +235,28 @@ def test_quick_run_measures_every_case(tmp_path):
     assert {row["case"] for row in rows if row["ours"]} == set(tables.DEFAULT_CASES)
     assert all(row["graph_us"]["median"] > 0 for row in rows if row["ours"])
     assert tables.report(json.loads(file.read_text())) in done.stdout
+
+
+def test_conformance_counts_rows_and_not_cases():
+    """A row fails with any of its cases, and is left out of the count where none is offered."""
+    found = [("a", "A", "pass"), ("a", "A", "fail"), ("b", "A", "pass"), ("c", "A", "not offered"), ("d", "B", "pass")]
+    outcomes = [{"section": section, "row": row, "status": status} for row, section, status in found]
+    lines = conformance.summary({"results": {"ours": outcomes}}).splitlines()
+    assert lines[2].endswith("| 1 of 2 (1 not offered) |") and lines[3].endswith("| 1 of 1 |")
+    assert lines[-1] == "| all | 2 of 3 (1 not offered) |"
+
+
+def test_conformance_finds_ours_and_names_who_is_absent():
+    """Our adapter comes first; a peer that cannot be imported is listed with the reason."""
+    loaders, absent = conformance.adapters()
+    assert loaders[0].name == "fp8_kernels" and len(loaders) + len(absent) == 2
+    assert all(absent.values())
+
+
+def test_the_readme_shows_the_saved_conformance_table():
+    """And in it nothing of ours failed, and the kit has no other cases by now."""
+    saved = json.loads((ROOT / "bench/results/conformance_cpu.json").read_text())
+    assert conformance.summary(saved) in (ROOT / "README.md").read_text()
+    ours = saved["results"]["fp8_kernels"]
+    assert {o["status"] for o in ours} == {"pass", "not offered"}
+    assert {o["case"] for o in ours} == {case.name for case in loader_cases(saved["scheme"])}

@@ -18,8 +18,8 @@ ROWS = {
     "zero_size_tensor rank_with_nothing_to_load non_local_expert redundant_expert_slot init_valued_tensor "
     "missing_shard missing_layer one_layer_across_files",
     "C": "tensor_parallel_scale reused_source_buffer bf16_into_fp8_parameter "
-    "fp8_checkpoint_into_quantizing_layer fp32_checkpoint value_dependent_loader loader_side_effects per_tensor_scale_of_fused_qkv untileable_shape meta_source "
-    "non_finite_weight monkey_patched_copy",
+    "fp8_checkpoint_into_quantizing_layer fp32_checkpoint value_dependent_loader loader_side_effects "
+    "per_tensor_scale_of_fused_qkv untileable_shape meta_source non_finite_weight monkey_patched_copy",
     "D": "held_references out_of_order_checkpoint full_tensor_held whole_layer_moe_unit fp32_temporaries "
     "prefetch_outruns_quantization reserved_not_allocated peak_measured_too_soon iterator_turned_into_list "
     "accounting_cost",
