@@ -26,6 +26,8 @@ from .names import Names
 from .ops import FP8_DTYPES
 from .schemes import PerBlock, PerChannel, PerTensor, Scheme
 
+_SCALE_SUFFIXES = ("_scale", "_scale_inv")
+
 
 def load_checkpoint(
     model: nn.Module,
@@ -47,7 +49,9 @@ def load_checkpoint(
         model: built under `torch.device("meta")`.
         source: a checkpoint folder or .safetensors file, an opened one, or any iterable of `(name, tensor)`, which
             is consumed one tensor at a time. A folder that is FP8 already (as `quantize_checkpoint` writes it) is
-            taken as it is: its codes and scales, whatever `scheme` says.
+            taken as it is: its codes and scales, whatever `scheme` says. FP8 weights of an iterable, with
+            `<name>_scale` or `<name>_scale_inv` before or after them, are taken as they are where their scales cover
+            what `scheme` says, and are dequantized and quantized again where not.
         scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`.
         device: where the model will live; by default the GPU if there is one.
         dtype: of the codes.
@@ -83,7 +87,7 @@ def load_checkpoint(
         with LayerwiseLoader(
             model, scheme, device=device, ignore=[*ignore, *kept], include=include, schemes=schemes, dtype=dtype
         ) as loader:
-            _copy_all(model, source, total, progress)
+            _copy_all(loader, source, total, progress)
         loader.report.passed_through.update(kept)
         if runnable:
             chosen = {name: entry.scheme for entry in loader.plan.quantized for name in entry.names}
@@ -132,12 +136,13 @@ def load_model(
     return model.eval(), report
 
 
-def _copy_all(model, tensors, total, progress):
+def _copy_all(loader, tensors, total, progress):
     """Copy each tensor to where it belongs, inside the loader."""
+    model = loader.model
     names = Names(model)
     targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     unexpected, done = [], 0
-    for name, tensor in tensors:
+    for name, tensor, scale in _with_scales(tensors, names):
         done += tensor.nbytes
         destination = names.find(name)
         if destination is None:
@@ -146,6 +151,9 @@ def _copy_all(model, tensors, total, progress):
         else:
             with torch.no_grad():
                 target = destination.of(targets[destination.name])
+                if scale is not None:
+                    loader.copy_codes(target, tensor, scale)
+                    continue
                 if tensor.shape != target.shape:
                     tensor = _reshaped_scale(name, tensor, target)
                 target.copy_(tensor)
@@ -155,6 +163,25 @@ def _copy_all(model, tensors, total, progress):
         raise LoadError(
             f"the model has no place for {listed(unexpected)}; leave them out by passing an iterable without them"
         )
+
+
+def _with_scales(tensors, names):
+    """Each (name, tensor, None); FP8 weights that the model holds no scale for as (name, codes, scale), once both have
+    arrived. Codes without a scale come last, as they are."""
+    codes, scales = {}, {}
+    for name, tensor in tensors:
+        base = next((name.removesuffix(s) for s in _SCALE_SUFFIXES if name.endswith(s)), None)
+        if base is not None and names.find(name) is None and names.find(base) is not None:
+            scales[base] = name, tensor
+        elif tensor.dtype in FP8_DTYPES and all(names.find(name + s) is None for s in _SCALE_SUFFIXES):
+            base, codes[name] = name, tensor
+        else:
+            yield name, tensor, None
+            continue
+        if base in codes and base in scales:
+            yield base, codes.pop(base), scales.pop(base)[1]
+    for name, tensor in [*codes.items(), *scales.values()]:
+        yield name, tensor, None
 
 
 def _reshaped_scale(name, tensor, target):

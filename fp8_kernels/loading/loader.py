@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from ..errors import UnmatchedPatternError
 from ..schemes import Scheme, scheme_name
 from .copy_counter import CopyCounter
+from .fp8_source import copy_codes
 from .install import Snapshot, forget_frames
 from .plan import Plan, make_plan
 from .ranks import Ranks
@@ -182,6 +183,27 @@ class LayerwiseLoader:
             yield self
         if self._session is not None:
             self._session.writes.let_go()
+
+    def copy_codes(self, t: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, scheme: str | Scheme | None = None):
+        """`t.copy_(w)` for a `w` that is FP8 already, with its scale.
+
+        Where `t` becomes FP8 of the same dtype with scales for the same groups, codes and scales are taken as they are;
+        anywhere else `q * scale`, in float32, is copied into `t` and becomes what the plan says.
+
+        Args:
+            t: a parameter of the model or a view of it, as the engine would copy into.
+            q: FP8, the shape of `t`.
+            scale: `w ~ q * scale`: one for all of `q`, or of the scheme's `scale_shape`.
+            scheme: what one scale covers; told from the shapes where it is not given, as 128 x 128 where these are
+                those of 128 x 128 blocks.
+
+        Raises:
+            LoadError: other shapes or dtypes, or NaN in the codes; the message names the weight.
+            ValueError: the shapes do not tell what one scale covers.
+        """
+        if self._session is None:
+            raise RuntimeError("the loader's context must be entered before codes are copied")
+        copy_codes(self._session.writes, t, q, scale, scheme)
 
     def fill_dummy(self, seed: int = 0):
         """Give everything that has not arrived generated values, for measurements without a checkpoint.

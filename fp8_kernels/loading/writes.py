@@ -133,6 +133,44 @@ class Writes:
             self.report.bytes_in += source.nbytes
         return True
 
+    def take_codes(self, t: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> bool:
+        """Codes and scales for a view of a weight, as they are. Returns False, and has done nothing, where the weight
+        is of another format, the view is not of whole groups, or something was written there before.
+
+        Args:
+            t: a view of the weight, of rows.
+            q, scale: codes of the shape of `t`; one scale for all of them, or `scheme.scale_shape(q.shape)`.
+        """
+        with self._lock:
+            self.staging.follow()
+            target = self.find(t, written=True)
+            tracked = target and target.tracked
+            if tracked is None or not tracked.streams or not target.in_elements or tracked.entry.fp8_dtype != q.dtype:
+                return False
+            target.locate()
+            units, scheme = target.units, tracked.entry.scheme
+            found = target.rectangle() if units and t.stride()[-2:] == (tracked.unit_shape[1], 1) else None
+            if found is None or tracked.whole_groups(found[0]) != found[0] or any(unit.final for unit in units):
+                return False
+            box = found[0]
+            exact = scale.dtype == scheme.scale_dtype or scheme.scale_dtype == torch.float32
+            fits = scale.numel() == 1 or tuple(scale.shape) == scheme.scale_shape(q.shape)
+            if not exact or not fits or any(unit.coverage.overlap_box(box) for unit in units):
+                return False
+            self.staging.in_use = units
+            self._hands.let_go(units)
+            tracked.allocate()
+            codes, scales = tracked.result_of(target.first, len(units), box)
+            codes.copy_(q.reshape(codes.shape))
+            scales.copy_(scale.reshape(()).expand(scales.shape) if scale.numel() == 1 else scale.reshape(scales.shape))
+            for unit in units:
+                unit.coverage.add_box(box)
+                unit.add_streamed(box)
+            self._hands.hold_units(units)
+            self.report.shards += 1
+            self.report.bytes_in += q.nbytes + scale.nbytes
+        return True
+
     def run(self, func, info: OpInfo, args, kwargs, targets: list[Target]):
         """Carry out an op that reads or writes tracked tensors; returns what the op returns."""
         with self._lock:

@@ -1,0 +1,53 @@
+"""Data that is FP8 already: taken with its scale as it is, or dequantized on its way into a weight."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import LoadError, NonFiniteWeightError
+from ..ops import FP8_DTYPES, dequantize
+from ..schemes import PerBlock, PerTensor, Scheme, as_scheme
+from .reload import scheme_of
+from .writes import Writes
+
+
+def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
+    """See `LayerwiseLoader.copy_codes`."""
+    target = writes.find(t, written=True)
+    name = "the weight" if target is None else f"`{target.tracked.entry.name}`"
+    if q.dtype not in FP8_DTYPES or q.shape != t.shape:
+        raise LoadError(f"codes for {name} must be FP8 of shape {tuple(t.shape)}, got {q.dtype} of {tuple(q.shape)}")
+    if scale.numel() == 1:
+        scale = scale.reshape(())
+    scheme = as_scheme(scheme) if scheme is not None else _scheme_of(q, scale)
+    if not _fits(q, scale, scheme):
+        raise LoadError(f"scales for {name} must be of shape {scheme.scale_shape(q.shape)}, got {tuple(scale.shape)}")
+    if _holds_nan(q):
+        raise NonFiniteWeightError(f"{name}: its codes hold NaN or Inf")
+    with torch.no_grad():
+        if not writes.take_codes(t, q, scale):
+            if not scale.ndim:
+                scale = scale.expand(q.shape[:-2])
+            t.copy_(dequantize(q, scale, torch.float32, scheme))
+
+
+def _scheme_of(q, scale):
+    if not scale.ndim:
+        return PerTensor(scale_dtype=scale.dtype, pow2=scale.dtype == torch.float8_e8m0fnu)
+    blocks = PerBlock(128, 128)
+    if scale.dtype == torch.float32 and tuple(scale.shape) == blocks.scale_shape(q.shape):
+        return blocks
+    return scheme_of(q, scale)
+
+
+def _fits(q, scale, scheme):
+    return not scale.ndim or tuple(scale.shape) == scheme.scale_shape(q.shape)
+
+
+def _holds_nan(q):
+    """Read from the bits, in bytes: wider temporaries would not fit the memory bound."""
+    magnitude = q.view(torch.uint8) & 0x7F
+    first = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}.get(q.dtype)
+    if first is None:  # the fnuz formats have one NaN, which is negative zero elsewhere
+        return bool((q.view(torch.uint8) == 0x80).any())
+    return bool((magnitude >= first).any())
