@@ -93,6 +93,7 @@ def test_python_block(text, tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         text = text.replace('device="cuda"', 'device="cpu"')
     names = {"MyModel": MyModel, "MyFp8Model": MyFp8Model, "config": None, "weights": iter(weights), "fk": fp8_kernels}
+    names["new_weights"] = [(name, tensor + 1) for name, tensor in weights]
     exec(compile(text, "block", "exec"), names)
     if "model" in names:
         assert names["model"].qkv_proj.weight.dtype == torch.float8_e4m3fn

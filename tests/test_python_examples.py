@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ("engine_loader.py", "moe_experts.py", "quantize_one_weight.py")
+EXAMPLES = ("engine_loader.py", "moe_experts.py", "quantize_one_weight.py", "reload_weights.py")
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
