@@ -1,8 +1,8 @@
 """New weights into a serving FP8 model, as reinforcement learning sends them, at the same addresses.
 
 What to copy: `update`, a `LayerwiseLoader` with `reload=` around the call that loads your weights. It takes them in the
-checkpoint's layout and precision, in buckets that the sender reuses. CUDA graphs and pointers stay good, since no tensor
-moves; if the update fails in the middle, the old weights go on serving.
+checkpoint's layout and precision, in buckets that the sender reuses. CUDA graphs and pointers stay good, since no
+tensor moves; if the update fails in the middle, the old weights go on serving.
 """
 
 import torch

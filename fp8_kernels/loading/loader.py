@@ -119,6 +119,8 @@ class LayerwiseLoader:
             raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")
         self._staging_budget = staging_budget
         self._offload = tuple(offload)
+        if scope is not None and not isinstance(scope, str):
+            scope = tuple(scope)
         self._ranks = None if scale_group is None else Ranks(scale_group)
         self._reload_options = None
         if reload is not None:

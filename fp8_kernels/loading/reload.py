@@ -151,6 +151,7 @@ class Reload:
         self._optional, self._has_hooks, self._stream = optional, has_hooks, stream
         self._made_by_hooks: set[tuple[int, str]] = set()
         self._weights = self._find()
+        self._by_place = {(id(module), leaf): w for w in self._weights.values() for module, leaf in w.places}
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.frozen: list[tuple[str, torch.Tensor]] = []  # what must not be written meanwhile
 
@@ -276,7 +277,7 @@ class Reload:
 
     def _weight_of(self, entry):
         place = entry.places[0]
-        return next((w for w in self._weights.values() if (place.module, place.leaf) in w.places), None)
+        return self._by_place.get((id(place.module), place.leaf))
 
     def _own_entry(self, entry: Entry) -> Entry | None:
         weight = self._weight_of(entry)

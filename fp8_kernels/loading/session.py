@@ -170,8 +170,9 @@ class Session:
                 self._install_module(module)
 
     def _install_module(self, module):
-        for tracked in self.tracked:
-            if module in tracked.modules:
+        for leaf in (*module._parameters, *module._buffers):
+            tracked = self._at.get((id(module), leaf))
+            if tracked is not None:
                 self._install(tracked)
         if self._hooks.on_module is not None:
             self._hooks.on_module(module)
@@ -291,6 +292,7 @@ class Session:
                 elif owner is not tracked:  # tied to another parameter
                     tracked.places.remove(place)
                     owner.places.append(place)
+                    self._at[id(place.module), place.leaf] = owner
                 elif tuple(current.shape) != tracked.entry.shape:
                     raise LoadError(
                         f"`{place.name}` must keep the shape {tracked.entry.shape} while it loads, got "

@@ -143,7 +143,7 @@ def test_partial_update(mode):
     model, state = loaded(), new_state(2)
     before = memory(model)
     inside = ["fc.weight", "fc.bias", "experts.w13"]
-    with LayerwiseLoader(model, reload=mode, scope=["fc", "experts"]) as loader:
+    with LayerwiseLoader(model, reload=mode, scope=(name for name in ("fc", "experts"))) as loader:
         copy_in(model, {name: state[name] for name in inside})
     assert {entry.name for entry in loader.plan.entries} == set(inside)
     assert memory(model)[0] == before[0]
