@@ -221,6 +221,8 @@ class Unit:
         row0, row1, col0, col1 = box
         num_rows, num_cols = self.tracked.unit_logical
         row1, col1 = min(row1, num_rows), min(col1, num_cols)
+        if row0 >= row1 or col0 >= col1:  # padding alone
+            return True
         (group_n, group_k), (*block, _, numerics) = self.tracked.group, self.scheme.quantize_args
         q, scale = self.tracked.destination(self.number)
         scale = scale.to(values.device)  # from the host, where it is offloaded
@@ -232,7 +234,7 @@ class Unit:
         if group_n < self.shape[0]:
             step = -(-step // group_n) * group_n
         start = row0 if group_n == self.shape[0] else row0 // group_n * group_n
-        while start < row1 and col0 < col1:
+        while start < row1:
             end = min(start + step, row1)
             first = max(start, row0)
             piece = values.new_zeros(1, end - start, col1 - first_col)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fp8_kernels.errors import IncompleteLoadError, LoadError
 from fp8_kernels.loading import LayerwiseLoader
 from fp8_kernels.loading.coverage import Coverage, Region
+from fp8_kernels.schemes import PerBlock, PerGroup
 
 from .helpers import Model, assert_quantized
 
@@ -104,7 +105,7 @@ def test_coverage_equals_the_mask_oracle(data):
 class Engine:
     """Makes random writes through a loader, and the same ones to plain tensors.
 
-    The checkpoint's values are positive and others negative, so that no two of them share a code.
+    The checkpoint has values of 0.5 to 1; others are those negated, or -3, so that no two of them share a code.
     """
 
     def __init__(self, tape: Tape):
@@ -158,8 +159,8 @@ class Engine:
                 of(after).copy_(given)
                 return touched, after, "copy", lambda: view.copy_(given)
             if kind == 5:
-                of(after).fill_(-0.75)
-                return touched, after, "copy", lambda: view.fill_(-0.75)
+                of(after).fill_(-3.0)
+                return touched, after, "copy", lambda: view.fill_(-3.0)
             of(after).mul_(-1)
             return touched, after, "change", lambda: view.mul_(-1)
         if kind < 10:
@@ -233,15 +234,16 @@ class Engine:
         assert not units or not late, f"{late} are full, and not finished although the loader has moved on"
         return True
 
-    def load(self, scheme, stream):
+    def load(self, scheme, stream, staging_budget=None):
         """The whole sequence."""
         self.stream = stream
         params = dict(self.model.named_parameters())
         options = {"logical_shapes": {"a": self.logical["a"]}} if self.logical["a"] != self.shapes["a"] else {}
+        options |= {"stream": stream, "staging_budget": staging_budget}
         on_unit = lambda unit, q, s: self.final.add((unit.name.partition(".")[0], unit.index))  # noqa: E731
         refused = False
         try:
-            with LayerwiseLoader(self.model, scheme, device="cpu", stream=stream, on_unit=on_unit, **options):
+            with LayerwiseLoader(self.model, scheme, device="cpu", on_unit=on_unit, **options):
                 while self.tape and not refused:
                     refused = not self.write_any(params)
                 if self.finishes and not refused:
@@ -258,9 +260,14 @@ class Engine:
         assert all(p.is_meta for p in self.model.parameters()) and len(params) == 3
 
 
-@given(st.binary(min_size=20, max_size=160), st.sampled_from(["per_tensor", "per_channel"]), st.booleans())
+# Blocks and groups of 2 and 3, since no side is longer than 9.
+SCHEMES = ("per_tensor", "per_channel", "per_block", PerBlock(2, 3), PerGroup(2))
+LOADS = (st.sampled_from(SCHEMES), st.booleans(), st.sampled_from([None, 0, 64]))
+
+
+@given(st.binary(min_size=20, max_size=160), *LOADS)
 @settings(max_examples=500, deadline=None)
-def test_a_load_equals_plain_tensors(data, scheme, stream):
+def test_a_load_equals_plain_tensors(data, scheme, stream, staging_budget):
     """Through the loader: a unit is finished when its last element has arrived and the loader moves on, never before
     and never later; it holds what plain tensors hold after the same writes; what cannot be honoured is refused."""
-    Engine(Tape(data)).load(scheme, stream)
+    Engine(Tape(data)).load(scheme, stream, staging_budget)

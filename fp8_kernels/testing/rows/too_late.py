@@ -127,6 +127,18 @@ def padded_weight(scheme):
         load = Load([Write("fc.weight", garbage), *rest, Write("fc.weight", garbage)], holds, facts=facts)
         yield Draft(f"{rows}x{cols}_written", shapes, load, {"progress"})
 
+    w = values(100, 500)
+    padded = torch.zeros(128, 576).bfloat16()
+    padded[:100, :500] = w
+    outside = [
+        Write("fc.weight", 7.0, lambda p, x: p.data[104:].fill_(x)),
+        Write("fc.weight", 7.0, lambda p, x: p.data[:, 500:].fill_(x)),
+        Write("fc.weight", 7.0, lambda p, x: p.data[101::2].fill_(x)),
+    ]
+    steps = [Write("fc.weight", w, corner), Write("fc2.weight", other), *outside, Write("fc3.weight", other)]
+    facts = {"logical_shapes": {"fc": (100, 500)}}
+    yield Draft("written_when_final", shapes, Load(steps, {"fc.weight": padded}, facts=facts))
+
     def embedding():
         model = nn.Module()
         model.embed = nn.Embedding(64, 36, device="meta", dtype=torch.bfloat16)
