@@ -14,8 +14,9 @@ from .copy_counter import CopyCounter
 from .fp8_source import copy_codes
 from .install import Snapshot, forget_frames
 from .plan import Plan, make_plan
+from .poison import check_not_poisoned
 from .ranks import Ranks
-from .reload import Reload, check_not_poisoned
+from .reload import Reload
 from .report import Report
 from .rules import matches
 from .session import Hooks, Session

@@ -19,13 +19,13 @@ from ..ops import FP8_DTYPES, block_of
 from ..schemes import WHOLE, PerBlock, PerChannel, PerTensor, Scheme
 from .install import Snapshot, exchange, view_of
 from .plan import Entry, Plan, listed, make_plan
+from .poison import cure, half_loaded, mark
 from .rules import matches
 from .staging import Tracked
 
 MODES = ("transactional", "streaming")
 _RECORD = "_fp8_loaded"  # on a module: leaf -> Origin, or None for what passed through
 _UNCHANGED = "_fp8_checkpoint_layout"  # on a parameter: the object, and the layout, that the load gave the module
-_POISON = "_fp8_poison"  # on a module: names of its half-loaded tensors, and the handle of the hook that says so
 
 
 class _Memory:
@@ -213,15 +213,13 @@ class Reload:
                 results += [(weight.codes, tracked.q), (weight.scale, tracked.scale)]
         snapshot.commit(self._copies, results)
         for module in self.model.modules():
-            _cure(module)
+            cure(module)
 
     def poison(self, names_by_module: dict[torch.nn.Module, list[str]]):
         """Mark modules whose live tensors hold new values beside old ones."""
-        if self.mode != "streaming":
-            return
-        for module, names in names_by_module.items():
-            names = sorted({*_cure(module), *names})
-            vars(module)[_POISON] = names, module.register_forward_pre_hook(_refuse)
+        if self.mode == "streaming":
+            for module, names in names_by_module.items():
+                mark(module, names)
 
     # What there is.
 
@@ -290,9 +288,8 @@ class Reload:
         return replace(entry, scheme=None, why="as before")
 
     def _check_poison(self, plan):
-        names = [name for module in self.model.modules() for name in vars(module).get(_POISON, ((),))[0]]
         loaded = {name for entry in plan.entries for name in entry.names}
-        left = [name for name in names if name not in loaded]
+        left = [name for name in half_loaded(self.model) if name not in loaded]
         if left:
             raise PoisonedModelError(
                 f"an earlier reload broke off and left {listed(left)} half loaded; the scope of this one must hold them"
@@ -301,27 +298,6 @@ class Reload:
             unused = [p for p in self._scope if not any(matches(p, name) for name in loaded)]
             if unused:
                 raise UnmatchedPatternError(f"no tensor is matched by {', '.join(map(repr, unused))} of `scope`")
-
-
-def check_not_poisoned(model: torch.nn.Module):
-    """Raise PoisonedModelError for a model that an earlier reload left half loaded."""
-    names = [name for module in model.modules() for name in vars(module).get(_POISON, ((),))[0]]
-    if names:
-        raise PoisonedModelError(f"a reload broke off and left {listed(names)} half loaded; reload them")
-
-
-def _refuse(module, args):
-    raise PoisonedModelError(
-        f"a reload broke off and left {listed(vars(module)[_POISON][0])} half loaded; reload the model before it runs"
-    )
-
-
-def _cure(module):
-    """Take a module's mark off; returns the names that it held."""
-    names, handle = vars(module).pop(_POISON, ((), None))
-    if handle is not None:
-        handle.remove()
-    return names
 
 
 def _like(origin, meta):

@@ -11,7 +11,7 @@ import torch
 from ..errors import ConflictingShardError, IncompleteLoadError, LoadError, NonFiniteWeightError, PoisonedModelError
 from ..load import load_checkpoint
 from ..loading import LayerwiseLoader
-from ..loading.reload import check_not_poisoned
+from ..loading.poison import check_not_poisoned
 from .case import NEEDS
 from .runner import Adapter
 from .session import Session
