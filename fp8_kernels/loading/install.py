@@ -139,22 +139,20 @@ def _pieces(a, b) -> Iterator[Pair]:
 
 
 def _disjoint(moves):
-    """The moves without those that lie within others, earlier ones first: ties, views of what moves as a whole."""
-    spans: dict[int, list[tuple[int, int]]] = {}
-    for was, now in sorted(moves, key=lambda move: -_span(move[0])[1]):
-        if not was.numel():
+    """The moves without those of memory that an earlier or larger one moves: ties, views of what moves as a whole."""
+    whole: dict[int, list[tuple[int, int]]] = {}  # storage -> (first byte, end) of what has no gaps
+    seen = set()
+    for was, now in sorted(moves, key=lambda move: -move[0].nbytes):
+        storage, start, size = was.untyped_storage()._cdata, was.storage_offset() * was.element_size(), was.nbytes
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(was.shape, was.stride(), strict=True))
+        end, layout = start + extent * was.element_size(), (storage, start, was.shape, was.stride())
+        inside = any(first <= start and end <= last for first, last in whole.get(storage, ()))
+        if not size or layout in seen or inside:
             continue
-        storage, (start, length) = was.untyped_storage()._cdata, _span(was)
-        known = spans.setdefault(storage, [])
-        if not any(first <= start and start + length <= first + size for first, size in known):
-            known.append((start, length))
-            yield was, now
-
-
-def _span(t):
-    """(first byte, bytes) that a tensor reaches over in its storage."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.storage_offset() * t.element_size(), extent * t.element_size()
+        seen.add(layout)
+        if extent == was.numel():
+            whole.setdefault(storage, []).append((start, end))
+        yield was, now
 
 
 def view_of(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import fp8_kernels as fk
 from fp8_kernels.errors import IncompleteLoadError, LoadError, NonFiniteWeightError, UnmatchedPatternError
 from fp8_kernels.loading import LayerwiseLoader
 
-from .helpers import SCHEMES, assert_quantized, values
+from .helpers import SCHEMES, Model, assert_quantized, values
 
 MODES = ("transactional", "streaming")
 
@@ -383,6 +383,35 @@ def test_alias_and_non_persistent_buffers(mode):
     assert torch.equal(model.fc.rows.view(torch.uint8), model.fc.weight[2:4].view(torch.uint8))
     assert both.tolist() == [1.0] * 4 + [2.0] * 8
     assert torch.equal(model.table, torch.arange(5.0))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_in_one_buffer(mode):
+    """FP8 weights that an engine laid side by side in one buffer, interleaved, are each reloaded in their place."""
+    model, w = Model(a=(6, 36), b=(4, 20)), [values(6, 36), values(4, 20), values(6, 36), values(4, 20)]
+    buffer = torch.zeros(6, 60, dtype=torch.float8_e4m3fn)
+
+    def load(a, b, **options):
+        with LayerwiseLoader(model, device="cpu", **options):
+            model.a.weight.data.copy_(a)
+            model.b.weight.data.copy_(b)
+
+    load(w[0], w[1])
+    places = {"a": buffer[:, :36], "b": buffer[1:5, 40:]}
+    for name, place in places.items():
+        held = model.get_submodule(name).weight
+        held.data = place.copy_(held.data)
+
+    def process(model):
+        for name in places:  # another memory than the buffer's, which the results move into
+            module = model.get_submodule(name)
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+
+    load(w[2], w[3], reload=mode, on_finish=process)
+    for name, wanted in (("a", w[2]), ("b", w[3])):
+        q = fk.quantize(wanted, "per_channel")[0].view(torch.uint8)
+        assert torch.equal(model.get_submodule(name).weight.view(torch.uint8), q)
+        assert torch.equal(places[name].view(torch.uint8), q)
 
 
 def test_memory_of_a_reload():
