@@ -79,8 +79,8 @@ class Refused:
     """The load must end in an error.
 
     Attributes:
-        kind: "incomplete", "conflict", "non_finite", "load" (any other refusal), or the class of an error that the
-            engine itself raises and that must come through.
+        kind: a key of `Adapter.errors`: "incomplete", "conflict", "non_finite", "load" (another refusal) or "any" (also
+            by torch); or the class of an error that the engine itself raises and that must come through.
         names: what the message has to name.
         restored: the model must be as it was before, tensor for tensor; for adapters that say so in `restores` this
             is looked at after every refusal.

@@ -14,9 +14,9 @@ ROWS = {
     "A": "composed_loader composed_loader_on_shard duplicate_shard conflicting_shard overlapping_shards tied_parameter "
     "retry_after_failure dtype_view storage_copy scratch_copy broadcast_copy late_second_pass",
     "B": "never_loaded_buffer alias_counted_twice bias_registered_later bias_absent_from_checkpoint padded_weight "
-    "scalar_setitem index_writes out_variants foreach_copy_ rebinding numpy_or_dlpack_alias device_dependent_op "
     "zero_size_tensor rank_with_nothing_to_load non_local_expert redundant_expert_slot init_valued_tensor "
-    "missing_shard missing_layer one_layer_across_files",
+    "missing_shard missing_layer one_layer_across_files scalar_setitem index_writes out_variants foreach_copy_ "
+    "rebinding numpy_or_dlpack_alias device_dependent_op",
     "C": "tensor_parallel_scale reused_source_buffer bf16_into_fp8_parameter "
     "fp8_checkpoint_into_quantizing_layer fp32_checkpoint value_dependent_loader loader_side_effects "
     "per_tensor_scale_of_fused_qkv untileable_shape meta_source non_finite_weight monkey_patched_copy",

@@ -1,11 +1,11 @@
-"""The rows of the conformance kit, a section a file; importing them registers them."""
+"""The rows of the conformance kit, a section or a part of one a file; importing them registers them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ..case import SECTIONS, LoaderCase
-from . import concurrent, formats, memory, reload, too_early, too_late, wrong  # noqa: F401
+from . import concurrent, formats, memory, reload, too_early, too_late, unseen, wrong  # noqa: F401
 from .registry import ROWS, build
 
 

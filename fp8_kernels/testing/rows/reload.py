@@ -100,8 +100,8 @@ def exception_mid_reload(scheme):
         names = session.adapter.half_loaded(session.model)
         assert not names, f"everything has been loaded again, and {names} count as half loaded"
 
-    broken = Load([*writes[:4], Do("the sender goes away", _fail)], refused=Refused(OSError), mode="streaming",
-                  check=marked)  # fmt: skip
+    steps = [*writes[:4], Do("the sender goes away", _fail)]
+    broken = Load(steps, refused=Refused(OSError), mode="streaming", check=marked)
     again = Load(writes, **_holds(new), mode="streaming", check=healed)
     yield Draft("streaming", _make, [_first(old), broken, again], {"poison"})
 
