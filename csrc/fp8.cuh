@@ -34,6 +34,17 @@ struct ScaleDivider {
     if (s <= 0x1p-128f) inv = 0.0f, lift = 1.0f;  // 1 / s overflows: rules that allow such scales make zeros of them
   }
 
+  // Whether `plain` does for all elements of a group whose own amax gave a scale of this kind.
+  __host__ __device__ bool is_plain() const {
+    return lift == 1.0f && scale > 0.0f && scale < float_of(kInfBits) && corrected_below >= 0x1p20f;
+  }
+
+  // The same quotient for x that need none of the above, but for the sign of a zero.
+  __host__ __device__ float plain(float x) const {
+    const float quotient = x * inv;
+    return fmaf(fmaf(-quotient, scale, x), inv, quotient);
+  }
+
   __host__ __device__ float operator()(float x) const {
     x *= lift;
     const float quotient = x * inv;

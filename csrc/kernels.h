@@ -27,6 +27,13 @@ struct AmaxParams {
   bool accumulate;
 };
 
+// `bits` of a group's amax to where it goes.
+__device__ inline void store_amax(uint32_t bits, const AmaxParams& p, const Group& group) {
+  uint32_t* target = p.amax.at<uint32_t>(group.unit, group.grid_row, group.grid_col);
+  if (p.accumulate) bits = max(bits, *target & 0x7fffffff);
+  *target = is_nan(bits) ? kNanBits : bits;
+}
+
 struct CopyAmaxParams {
   Grouping grouping;
   View w, out, amax;
@@ -39,38 +46,87 @@ struct DequantizeParams {
   ScaleType scale_type;
 };
 
-// How a group that is too large for one thread block is shared out: `parts` ranges of `vecs_per_part` vectors.
+// How groups that are too large for one thread block are shared out: each in `steps` of some vectors, to `parts`.
 struct Split {
-  int64_t parts, vecs_per_part;
+  Divisor parts;
+  int64_t steps;
+  int64_t num_parts, num_mailboxes;  // of all groups
+  int64_t num_blocks;
+};
+
+// A weight for quantize_ring: groups of `group_bytes` that follow one another, `rows` of them a unit. Strides in bytes
+// of w and q, in elements of scale.
+struct RingWeight {
+  struct Strides {
+    int64_t unit, row;
+  };
+  const uint8_t* w;
+  uint8_t* q;
+  void* scale;
+  Strides w_strides, q_strides, scale_strides;
+  int64_t num_groups, group_bytes;
+  Divisor rows;
+  // Set by plan_ring: each group has `tiles`, shared out to `parts`.
+  Divisor parts;
+  int64_t tiles, remainder, first_part, first_mailbox;
+};
+
+constexpr int kMaxRingWeights = 24;  // 4 KB of parameters
+
+struct RingParams {
+  RingWeight weights[kMaxRingWeights];
+  int32_t num_weights;
+  Fp8Type fp8_type;
+  ScaleType scale_type;
+  bool pow2;
+  Rule rule;
+  // Set by plan_ring.
+  int64_t num_parts, num_mailboxes;
+  uint32_t* mailboxes;  // num_mailboxes words, of any content, for the launch alone
+  int64_t num_blocks;
+  bool is_large;
+  int32_t kept_slots, max_in_flight;
 };
 
 // The most vectors of a group that quantize_groups holds in one thread block's registers.
 int64_t max_resident_vecs(InputType type, bool aligned);
 
-Split split_groups(const Grouping& grouping);
+// For launch_quantize_split and launch_amax_split.
+Split quantize_split(const Grouping& grouping, InputType type, bool aligned);
+Split amax_split(const Grouping& grouping, bool aligned);
 
 // One launch, one read of w; groups of at most max_resident_vecs.
 void launch_quantize_groups(const QuantizeParams& params, InputType type, bool aligned, cudaStream_t stream);
 
-// The cast alone. Groups' amaxes are params.amax or, where that is absent, the maxima over each group's
-// `split.parts` entries of `partials`.
-void launch_quantize_split(const QuantizeParams& params, Split split, const uint32_t* partials, InputType type,
+// Whether the current device has what the ring needs.
+bool has_ring();
+
+void plan_ring(RingParams& params);
+
+// One launch, one read of w: each group at a multiple of 16 bytes, its q at one of 8, of a multiple of 16 bytes.
+void launch_quantize_ring(const RingParams& params, InputType type, cudaStream_t stream);
+
+// One launch; reads w twice. `mailboxes`: split.num_mailboxes words, of any content, for the launch alone.
+void launch_quantize_split(const QuantizeParams& params, const Split& split, uint32_t* mailboxes, InputType type,
                            bool aligned, cudaStream_t stream);
+
+// One launch: the cast alone, with params.amax, of groups too large for one thread block.
+void launch_cast_split(const QuantizeParams& params, InputType type, bool aligned, cudaStream_t stream);
 
 // One launch; a thread block or less a group.
 void launch_amax(const AmaxParams& params, InputType type, bool aligned, cudaStream_t stream);
 
-// One entry of `partials` a part.
-void launch_amax_partials(const AmaxParams& params, Split split, uint32_t* partials, InputType type, bool aligned,
-                          cudaStream_t stream);
-
-// The maxima over each group's entries of `partials`, into params.amax.
-void launch_amax_finish(const AmaxParams& params, Split split, const uint32_t* partials, cudaStream_t stream);
+// One launch; groups split over thread blocks, with mailboxes as above.
+void launch_amax_split(const AmaxParams& params, const Split& split, uint32_t* mailboxes, InputType type, bool aligned,
+                       cudaStream_t stream);
 
 // One launch; the groups' amaxes are raised, not set.
 void launch_copy_amax(const CopyAmaxParams& params, InputType type, bool aligned, cudaStream_t stream);
 
 void launch_dequantize(const DequantizeParams& params, InputType output_type, bool aligned, cudaStream_t stream);
+
+// Of the current device.
+int num_processors();
 
 // Raises the error of the launch just made, if any.
 void check_launch();

@@ -161,16 +161,18 @@ Tensor scratch(int64_t num_words, const Tensor& like) {
   return Tensor(handle);
 }
 
-}  // namespace
+// A call of quantize_out, checked.
+struct Quantize {
+  QuantizeParams params;
+  InputType type;
+  int64_t element_size;
+  bool aligned;
+};
 
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "fp8_kernels: a kernel launch failed: ", cudaGetErrorString(error));
-}
-
-void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tensor& q, const Tensor& scale,
-                  int64_t block_n, int64_t block_k, bool pow2, int64_t numerics) {
-  QuantizeParams p = {};
+Quantize prepare(const Tensor& w, const std::optional<Tensor>& amax, const Tensor& q, const Tensor& scale,
+                 int64_t block_n, int64_t block_k, bool pow2, int64_t numerics) {
+  Quantize call = {};
+  QuantizeParams& p = call.params;
   p.grouping = make_grouping(w, block_n, block_k);
   Grouping& g = p.grouping;
   const int64_t grid_n = num_blocks(g.num_rows, block_n), grid_k = num_blocks(g.num_cols, block_k);
@@ -182,26 +184,91 @@ void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tens
     check_amax_type(*amax);
     p.amax = view("amax", *amax, g.num_units, grid_n, grid_k, w, is_grid);
   }
-  const InputType type = input_type("w", w);
+  call.type = input_type("w", w);
+  call.element_size = w.element_size();
   p.fp8_type = fp8_type("q", q);
   p.scale_type = scale_type(scale);
   p.pow2 = pow2;
   STD_TORCH_CHECK(numerics == 0 || numerics == 1, "`numerics` must be 0 or 1, got ", numerics);
   p.rule = make_rule(numerics, block_n, block_k, fp8_max(p.fp8_type));
-  if (g.num_groups == 0) return;
+  if (g.num_groups == 0) return call;
   if (block_n == kWhole && block_k == kWhole && rows_adjoin(p.w, g) && rows_adjoin(p.q, g)) join_rows(g);
-  const bool aligned = is_aligned(p.w, g, w.element_size()) && is_aligned(p.q, g, 1);
+  call.aligned = is_aligned(p.w, g, call.element_size) && is_aligned(p.q, g, 1);
+  return call;
+}
 
+// Whether each group is a run of memory that the ring can load.
+bool fits_ring(const Quantize& call) {
+  const Grouping& g = call.params.grouping;
+  return call.aligned && g.block_n.value == 1 && g.grid_k.value == 1 && has_ring();
+}
+
+RingWeight ring_weight(const Quantize& call) {
+  const QuantizeParams& p = call.params;
+  RingWeight weight = {};
+  weight.w = static_cast<const uint8_t*>(p.w.data);
+  weight.q = static_cast<uint8_t*>(p.q.data);
+  weight.scale = p.scale.data;
+  weight.w_strides = {p.w.unit_stride * call.element_size, p.w.row_stride * call.element_size};
+  weight.q_strides = {p.q.unit_stride, p.q.row_stride};
+  weight.scale_strides = {p.scale.unit_stride, p.scale.row_stride};
+  weight.num_groups = p.grouping.num_groups;
+  weight.group_bytes = p.grouping.num_cols * call.element_size;
+  weight.rows = Divisor(p.grouping.num_groups / p.grouping.num_units);
+  return weight;
+}
+
+// Weights of one device that differ in sizes and places alone, at most kMaxRingWeights.
+void quantize_in_ring(const std::vector<Quantize>& calls, const Tensor& like, cudaStream_t stream) {
+  const QuantizeParams& p = calls[0].params;
+  RingParams ring = {};
+  ring.fp8_type = p.fp8_type;
+  ring.scale_type = p.scale_type;
+  ring.pow2 = p.pow2;
+  ring.rule = p.rule;
+  for (const Quantize& call : calls) ring.weights[ring.num_weights++] = ring_weight(call);
+  plan_ring(ring);
+  const Tensor mailboxes = scratch(ring.num_mailboxes, like);
+  ring.mailboxes = static_cast<uint32_t*>(mailboxes.data_ptr());
+  launch_quantize_ring(ring, calls[0].type, stream);
+}
+
+void quantize_one(const Quantize& call, const Tensor& like, cudaStream_t stream) {
+  const auto& [p, type, element_size, aligned] = call;
+  const Grouping& g = p.grouping;
+  if (g.num_groups == 0) return;
+  if (g.vecs_per_group <= max_resident_vecs(type, aligned)) return launch_quantize_groups(p, type, aligned, stream);
+  if (p.amax.data != nullptr) return launch_cast_split(p, type, aligned, stream);
+  // A smaller weight is read again from the L2 cache, which costs less than the ring's start.
+  constexpr int64_t kLeastRingBytes = 10 << 20;
+  if (fits_ring(call) && g.num_groups * g.num_cols * element_size >= kLeastRingBytes) {
+    return quantize_in_ring({call}, like, stream);
+  }
+  const Split split = quantize_split(g, type, aligned);
+  const Tensor mailboxes = scratch(split.num_mailboxes, like);
+  launch_quantize_split(p, split, static_cast<uint32_t*>(mailboxes.data_ptr()), type, aligned, stream);
+}
+
+}  // namespace
+
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "fp8_kernels: a kernel launch failed: ", cudaGetErrorString(error));
+}
+
+int num_processors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+void quantize_out(const Tensor& w, const std::optional<Tensor>& amax, const Tensor& q, const Tensor& scale,
+                  int64_t block_n, int64_t block_k, bool pow2, int64_t numerics) {
+  const Quantize call = prepare(w, amax, q, scale, block_n, block_k, pow2, numerics);
   // The current device must be the tensors': streams and launches belong to one.
   const DeviceGuard guard(w.get_device_index());
-  const cudaStream_t stream = current_stream(w);
-  if (g.vecs_per_group <= max_resident_vecs(type, aligned)) return launch_quantize_groups(p, type, aligned, stream);
-  const Split split = split_groups(g);
-  if (amax.has_value()) return launch_quantize_split(p, split, nullptr, type, aligned, stream);
-  const Tensor partials = scratch(g.num_groups * split.parts, w);
-  auto* data = static_cast<uint32_t*>(partials.data_ptr());
-  launch_amax_partials({g, p.w, {}, false}, split, data, type, aligned, stream);
-  launch_quantize_split(p, split, data, type, aligned, stream);
+  quantize_one(call, w, current_stream(w));
 }
 
 void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t block_k, bool accumulate) {
@@ -221,20 +288,44 @@ void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t bloc
   const DeviceGuard guard(w.get_device_index());
   const cudaStream_t stream = current_stream(w);
   if (g.vecs_per_group <= max_resident_vecs(type, aligned)) return launch_amax(p, type, aligned, stream);
-  const Split split = split_groups(g);
-  const Tensor partials = scratch(g.num_groups * split.parts, w);
-  auto* data = static_cast<uint32_t*>(partials.data_ptr());
-  launch_amax_partials(p, split, data, type, aligned, stream);
-  launch_amax_finish(p, split, data, stream);
+  const Split split = amax_split(g, aligned);
+  const Tensor mailboxes = scratch(split.num_mailboxes, w);
+  launch_amax_split(p, split, static_cast<uint32_t*>(mailboxes.data_ptr()), type, aligned, stream);
 }
 
 void quantize_many_out(const std::vector<Tensor>& w, const std::vector<Tensor>& q, const std::vector<Tensor>& scale,
                        int64_t block_n, int64_t block_k, bool pow2, int64_t numerics) {
   STD_TORCH_CHECK(q.size() == w.size() && scale.size() == w.size(), "`q` and `scale` must have the length of `w`, ",
                   w.size(), ", got ", q.size(), " and ", scale.size());
+  if (w.empty()) return;
+  std::vector<Quantize> calls;
   for (size_t i = 0; i < w.size(); ++i) {
-    quantize_out(w[i], std::nullopt, q[i], scale[i], block_n, block_k, pow2, numerics);
+    STD_TORCH_CHECK(w[i].is_cuda() && w[i].get_device_index() == w[0].get_device_index(),
+                    "all of `w` must be on one CUDA device");
+    calls.push_back(prepare(w[i], std::nullopt, q[i], scale[i], block_n, block_k, pow2, numerics));
   }
+  const DeviceGuard guard(w[0].get_device_index());
+  const cudaStream_t stream = current_stream(w[0]);
+  std::vector<Quantize> together;
+  const auto launch = [&] {
+    if (together.size() == 1) quantize_one(together[0], w[0], stream);
+    if (together.size() > 1) quantize_in_ring(together, w[0], stream);
+    together.clear();
+  };
+  for (const Quantize& call : calls) {
+    // Scales of whole weights alone: the other schemes' groups are small, and their kernels see only one weight.
+    const Grouping& g = call.params.grouping;
+    if (g.num_groups * g.num_rows * g.num_cols == 0 || has_grid(block_n, block_k) || !fits_ring(call)) {
+      quantize_one(call, w[0], stream);
+      continue;
+    }
+    const bool same = together.empty() || (call.type == together[0].type &&
+                                           call.params.fp8_type == together[0].params.fp8_type &&
+                                           call.params.scale_type == together[0].params.scale_type);
+    if (!same || together.size() == kMaxRingWeights) launch();
+    together.push_back(call);
+  }
+  launch();
 }
 
 void copy_amax_out(const Tensor& w, const Tensor& out, const Tensor& amax, int64_t block_n, int64_t block_k) {

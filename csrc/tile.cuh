@@ -149,6 +149,16 @@ struct Vec {
     return acc;
   }
 
+  // The sign bits of elements 4 * half to 4 * half + 3, each on top of a byte; other bits are anything.
+  __device__ uint32_t signs(int half) const {
+    if constexpr (sizeof(T) == 4) {
+      return __byte_perm(__byte_perm(words[4 * half], words[4 * half + 1], 0x73),
+                         __byte_perm(words[4 * half + 2], words[4 * half + 3], 0x73), 0x5410);
+    } else {
+      return __byte_perm(words[2 * half], words[2 * half + 1], 0x7531);
+    }
+  }
+
   // Elements 2 * pair and 2 * pair + 1.
   __device__ float2 pair(int pair) const {
     if constexpr (sizeof(T) == 4) {

@@ -124,6 +124,22 @@ def test_sizes_of_real_models(shape, scheme, backend):
     check_quantize(weight(shape, torch.bfloat16).cuda(), SCHEMES[scheme], backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 65544), (5, 131, 1000), (131, 70, 1024), (3, 4999, 1032), (2, 3, 70000), (1, 9000, 8200)], ids=str
+)
+def test_groups_larger_than_a_thread_block(shape, dtype, backend):
+    """Few and many, of one tile and of more than the chip holds, with a last tile of any size."""
+    w = weight(shape, dtype).cuda()
+    for scheme in (fk.PerTensor(), fk.PerTensor(pow2=True, scale_dtype=torch.bfloat16)):
+        for fp8 in FP8:
+            q, scale = fk.quantize(w, scheme, dtype=fp8, backend=backend)
+            want_q, want_scale = fk.quantize(w, scheme, dtype=fp8, backend="reference")
+            assert_same_bits(scale, want_scale, "scale")
+            assert_same_bits(q, want_q, "q")
+    assert_same_bits(fk.amax(w, "per_tensor", backend=backend), fk.amax(w, "per_tensor", backend="reference"), "amax")
+
+
 # Layouts.
 
 LAYOUTS = {

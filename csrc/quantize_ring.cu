@@ -1,0 +1,486 @@
+// Quantize groups too large for one thread block while reading them once: whole weights and experts.
+//
+// A scale needs the amax of its whole group before the first cast, so the chip has to hold the group meanwhile. One
+// persistent thread block per processor keeps a ring of tiles in shared memory that bulk copies fill in order. A
+// group is shared out to `parts` blocks; part p takes the group's tiles p, p + parts, ... In each block
+//
+//   the loader (one thread)  keeps the ring full;
+//   the amax team            takes the amax of each tile as it arrives, and posts that of the part;
+//   the scale warp           waits until all parts of the group are posted, and makes the scale;
+//   the cast teams           cast the part's tiles out of the ring, and free their slots.
+//
+// Groups overlap: while one waits for its last post, the next are loading.
+//
+// Where a part is larger than the ring, only its first tiles are kept there. The others pass through a second, smaller
+// ring: in order for their amax alone, then again for the cast, from the last one, which the L2 cache still holds.
+//
+// Nobody waits for ever: parts of a group are on different blocks (parts <= blocks), each block takes its parts in
+// the order of the groups, and posting a part needs only slots that parts of earlier groups free. So the earliest
+// unfinished group always finishes.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "bulk_copy.cuh"
+#include "kernels.h"
+#include "mailboxes.cuh"
+
+// Architectures without bulk copies get an empty kernel, which nobody launches, and use none of its functions.
+#pragma nv_diag_suppress 177
+
+namespace fp8_kernels {
+namespace {
+
+constexpr int kTeamThreads = 128, kTeamWarps = kTeamThreads / 32;
+constexpr int kScales = 64;
+
+// The amax team takes this many tiles before it passes the grid-wide barrier, which is long open by then.
+constexpr int kTilesBeforeBarrier = 4;
+
+// How a processor's shared memory is cut into tiles, and how many teams cast.
+template <int kTileBytes_, int kSlots_, int kCastTeams_>
+struct Shape {
+  static constexpr int kTileBytes = kTileBytes_;
+  static constexpr int kSlots = kSlots_;
+  static constexpr int kCastTeams = kCastTeams_;
+  static constexpr int kLoaderThread = kTeamThreads * (1 + kCastTeams);
+  static constexpr int kNumThreads = kLoaderThread + 64;
+  // Every part has a tile, and teams have turns: a team that still needs a part's scale holds back a slot that is at
+  // most kSlots + kCastTeams parts behind.
+  static_assert(kScales > kSlots + kCastTeams, "the scale warp never overwrites a scale in use");
+};
+
+// For many groups that fit the chip: small tiles share them out evenly. Parts have at least kTilesPerPart tiles, for
+// fewer posts.
+using SmallGroups = Shape<8192, 28, 2>;
+constexpr int kTilesPerPart = 6;
+// For one group, whose cast nothing hides, and for groups that do not fit: large tiles cast faster. kKeptSlots are the
+// most that leave enough to pass the other tiles through.
+using LargeGroups = Shape<16384, 14, 2>;
+constexpr int kKeptSlots = 10;
+static_assert(kKeptSlots % LargeGroups::kCastTeams == 0 && LargeGroups::kSlots % LargeGroups::kCastTeams == 0 &&
+                  SmallGroups::kSlots % SmallGroups::kCastTeams == 0,
+              "uses of a slot are the same cast team's");
+
+// The longer a group takes to load, the more it matters that its tiles arrive in order: later loads of one block must
+// not go before earlier ones of another. 0 is no limit, which is as fast where groups are short.
+int max_in_flight(int64_t tiles_per_part) {
+  return tiles_per_part < 7 ? 0 : tiles_per_part < 10 || tiles_per_part > 14 ? 6 : 4;
+}
+
+template <typename S>
+struct alignas(128) Shared {
+  uint8_t tiles[S::kSlots][S::kTileBytes];
+  Barrier full[S::kSlots], empty[S::kSlots];
+  Barrier posted[kScales], scale_known[kScales];
+  Barrier loaded_again;
+  uint32_t scales[kScales];
+  uint32_t warp_amax[2][kTeamWarps];
+};
+
+// A place in a ring of `size` slots from `first`: which slot, and how often the ring has been passed.
+//
+// A barrier tells apart only a use of its slot and the one before. So whoever waits for a use must know that the one
+// before is over: the loader and the amax team go through every use that they may wait for, or wait until others are
+// over (loaded_again); a cast team has itself finished the use before, since sizes are multiples of kCastTeams, or all
+// loads of that use are known to have arrived with the part's scale.
+struct Place {
+  int first, size;
+  int offset = 0;
+  uint32_t round = 0;
+
+  __device__ Place(int first, int size) : first(first), size(size) {}
+  __device__ int slot() const { return first + offset; }
+  __device__ void advance(int n) {
+    offset += n;
+    while (offset >= size) {
+      offset -= size;
+      ++round;
+    }
+  }
+};
+
+// The ring of tiles that are kept, and the other's.
+struct Places {
+  Place kept, passing;
+  __device__ Places(const RingParams& p, int slots)
+      : kept(0, p.kept_slots), passing(p.kept_slots, max(1, slots - p.kept_slots)) {}
+};
+
+// The part of a group that a block takes.
+struct Part {
+  const RingWeight* weight;
+  const uint8_t* source;
+  uint8_t* target;
+  uint32_t* mailboxes;
+  int64_t scale_offset;
+  int index, parts;
+  int tiles, kept;  // of this part, its first ones are kept
+
+  __device__ int64_t tile(int i) const { return index + static_cast<int64_t>(i) * parts; }
+  __device__ int passing() const { return tiles - kept; }
+};
+
+__device__ Part locate(const RingParams& p, int64_t index) {
+  int i = 0;
+  while (i + 1 < p.num_weights && index >= p.weights[i + 1].first_part) ++i;
+  const RingWeight& weight = p.weights[i];
+  index -= weight.first_part;
+  const int64_t group = weight.parts.divide(index);
+  const int64_t unit = weight.rows.divide(group), row = group - unit * weight.rows.value;
+  Part part;
+  part.weight = &weight;
+  part.source = weight.w + unit * weight.w_strides.unit + row * weight.w_strides.row;
+  part.target = weight.q + unit * weight.q_strides.unit + row * weight.q_strides.row;
+  part.scale_offset = unit * weight.scale_strides.unit + row * weight.scale_strides.row;
+  part.parts = static_cast<int>(weight.parts.value);
+  part.mailboxes = p.mailboxes + weight.first_mailbox + group * mailbox_stride(part.parts);
+  // The parts with one tile more than the others are other blocks' in each group.
+  const int64_t turned = index - group * part.parts + group * weight.remainder;
+  part.index = static_cast<int>(turned - weight.parts.divide(turned) * part.parts);
+  part.tiles = static_cast<int>(weight.parts.divide(weight.tiles - 1 - part.index)) + 1;
+  part.kept = min(part.tiles, p.kept_slots);
+  return part;
+}
+
+template <typename S>
+class Loader {
+ public:
+  __device__ Loader(const RingParams& p, Shared<S>& shared)
+      : p_(p), shared_(shared), places_(p, S::kSlots), arrived_(0, p.kept_slots), next_(blockIdx.x) {
+    // What passes once more stays in the L2 cache until then. Where nothing does, hints cost time.
+    const bool hints = p.is_large;
+    kept_policy_ = again_policy_ = cache_policy(hints ? Hint::kLeaveFirst : Hint::kNormal);
+    first_policy_ = cache_policy(hints ? Hint::kStay : Hint::kNormal);
+  }
+
+  // Load the next tile; false if there is none: a part's tiles in order, then those not kept from the last one.
+  __device__ bool load() {
+    if (done_ == loads_) {
+      if (next_ >= p_.num_parts) return false;
+      part_ = locate(p_, next_);
+      next_ += gridDim.x;
+      done_ = 0;
+      loads_ = part_.tiles + part_.passing();
+    }
+    if (p_.max_in_flight > 0 && in_flight_++ >= p_.max_in_flight) {
+      shared_.full[arrived_.slot()].wait(arrived_.round);
+      arrived_.advance(1);
+    }
+    if (done_ < part_.kept) {
+      load_tile(done_, places_.kept, kept_policy_);
+    } else if (done_ < part_.tiles) {
+      load_tile(done_, places_.passing, first_policy_);
+    } else {
+      load_tile(loads_ + part_.kept - 1 - done_, places_.passing, again_policy_);
+    }
+    ++done_;
+    return true;
+  }
+
+ private:
+  __device__ void load_tile(int tile, Place& place, uint64_t policy) {
+    if (place.round > 0) shared_.empty[place.slot()].wait(place.round - 1);
+    const int64_t begin = part_.tile(tile) * S::kTileBytes;
+    const auto bytes = static_cast<int>(min(static_cast<int64_t>(S::kTileBytes), part_.weight->group_bytes - begin));
+    Barrier& full = shared_.full[place.slot()];
+    full.expect_bytes(bytes);
+    load_bulk(shared_.tiles[place.slot()], part_.source + begin, bytes, full, policy);
+    place.advance(1);
+  }
+
+  const RingParams& p_;
+  Shared<S>& shared_;
+  Places places_;
+  Place arrived_;
+  Part part_;
+  int64_t next_;
+  uint64_t kept_policy_, first_policy_, again_policy_;
+  int done_ = 0, loads_ = 0;  // of the part
+  int in_flight_ = 0;
+};
+
+// The vectors of a tile: how many, and the calling thread's, kTeamThreads apart.
+template <typename S, typename T>
+struct TileVecs {
+  static constexpr int kVecBytes = kVecElements * sizeof(T);
+  static constexpr int kPerThread = S::kTileBytes / kVecBytes / kTeamThreads;
+  Vec<T> vecs[kPerThread];
+  int num;
+
+  __device__ TileVecs(const uint8_t* tile, int64_t bytes_left, int lane) {
+    num = static_cast<int>(min(static_cast<int64_t>(S::kTileBytes), bytes_left)) / kVecBytes;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      vecs[i] = {};
+      if (i * kTeamThreads + lane >= num) continue;
+      const auto* source = reinterpret_cast<const uint4*>(tile + (i * kTeamThreads + lane) * kVecBytes);
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kWords / 4; ++j) {
+        const uint4 loaded = source[j];
+        vecs[i].words[4 * j] = loaded.x;
+        vecs[i].words[4 * j + 1] = loaded.y;
+        vecs[i].words[4 * j + 2] = loaded.z;
+        vecs[i].words[4 * j + 3] = loaded.w;
+      }
+    }
+  }
+};
+
+template <typename S, typename T, typename F>
+__device__ void find_amaxes(const RingParams& p, Shared<S>& shared, int lane, F&& pass_barrier) {
+  Places places(p, S::kSlots);
+  int count = 0, parts_again = 0;
+  for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
+    const Part part = locate(p, index);
+    uint32_t acc = 0;
+    const auto take = [&](int i, Place& place) {
+      shared.full[place.slot()].wait(place.round);
+      const int64_t bytes_left = part.weight->group_bytes - part.tile(i) * S::kTileBytes;
+      const TileVecs<S, T> tile(shared.tiles[place.slot()], bytes_left, lane);
+#pragma unroll
+      for (int j = 0; j < TileVecs<S, T>::kPerThread; ++j) acc = tile.vecs[j].max_abs(acc);
+    };
+    for (int i = 0; i < part.tiles; ++i) {
+      if (count == 0 && i == min(part.tiles, kTilesBeforeBarrier) - 1) pass_barrier();
+      if (i < part.kept) {
+        take(i, places.kept);
+        places.kept.advance(1);
+      } else {
+        take(i, places.passing);
+        __syncwarp();
+        if (lane % 32 == 0) shared.empty[places.passing.slot()].arrive();
+        places.passing.advance(1);
+      }
+    }
+    acc = __reduce_max_sync(0xffffffff, Elements<T>::amax_bits(acc));
+    if (lane % 32 == 0) shared.warp_amax[count % 2][lane / 32] = acc;
+    __syncwarp();  // the barrier counts warps
+    asm volatile("bar.sync 1, %0;" ::"n"(kTeamThreads) : "memory");
+    if (lane == 0) {
+      for (int i = 1; i < kTeamWarps; ++i) acc = max(acc, shared.warp_amax[count % 2][i]);
+      post_amax(part.mailboxes + part.index, acc);
+      shared.posted[count % kScales].arrive();
+    }
+    if (part.passing() > 0) {
+      shared.loaded_again.wait(parts_again++);
+      places.passing.advance(part.passing());
+    }
+  }
+}
+
+template <typename S>
+__device__ void make_scales(const RingParams& p, Shared<S>& shared, int lane) {
+  int count = 0;
+  for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
+    const Part part = locate(p, index);
+    // The others post at about the same time: to look before would only be in their way.
+    shared.posted[count % kScales].wait(count / kScales);
+    const uint32_t amax = __reduce_max_sync(0xffffffff, collect_mailboxes<32>(part.mailboxes, part.parts));
+    const uint32_t stored = stored_scale(float_of(amax), p.fp8_type, p.pow2, p.scale_type, p.rule);
+    if (lane == 0) {
+      // Free to write: this part has been loaded, so the slots of the part kScales before it were free, and every
+      // cast team had taken that part's scale.
+      shared.scales[count % kScales] = bits_of(scale_value(stored, p.scale_type));
+      shared.scale_known[count % kScales].arrive();
+      if (part.index == 0) store_scale(stored, part.weight->scale, part.scale_offset, p.scale_type);
+    }
+  }
+}
+
+// The codes of a vector. Where `kPlain`, every quotient is one that ScaleDivider has no special case for, and signs
+// are put in last, for four codes at once.
+template <typename T, Fp8Type kType, bool kPlain>
+__device__ uint2 codes_of(const Vec<T>& vec, const ScaleDivider& divide) {
+  uint32_t codes[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 low = vec.pair(2 * i), high = vec.pair(2 * i + 1);
+    if constexpr (kPlain) {
+      codes[i] = to_fp8x2(divide.plain(low.x), divide.plain(low.y), kType) |
+                 to_fp8x2(divide.plain(high.x), divide.plain(high.y), kType) << 16 | (vec.signs(i) & 0x80808080);
+    } else {
+      codes[i] = to_fp8x2(divide(low.x), divide(low.y), kType) | to_fp8x2(divide(high.x), divide(high.y), kType) << 16;
+    }
+  }
+  return {codes[0], codes[1]};
+}
+
+template <typename S, typename T, Fp8Type kType, bool kPlain>
+__device__ void cast_tile(const Part& part, Shared<S>& shared, const ScaleDivider& divide, const Place& place, int i,
+                          int lane) {
+  shared.full[place.slot()].wait(place.round);
+  const int64_t begin = part.tile(i) * S::kTileBytes;
+  const TileVecs<S, T> tile(shared.tiles[place.slot()], part.weight->group_bytes - begin, lane);
+  __syncwarp();
+  if (lane % 32 == 0) shared.empty[place.slot()].arrive();
+  uint2* target = reinterpret_cast<uint2*>(part.target + begin / sizeof(T)) + lane;
+#pragma unroll
+  for (int j = 0; j < TileVecs<S, T>::kPerThread; ++j) {
+    if (j * kTeamThreads + lane < tile.num) {
+      __stcs(target + j * kTeamThreads, codes_of<T, kType, kPlain>(tile.vecs[j], divide));
+    }
+  }
+}
+
+// Cast the tiles that are the team's: those not kept from the last one, then those kept.
+template <typename S, typename T, Fp8Type kType, bool kPlain>
+__device__ void cast_part(const Part& part, Shared<S>& shared, const ScaleDivider& divide, Places places, int team,
+                          int lane) {
+  const auto skipped = [&](const Place& place) {
+    return (team + S::kCastTeams - place.offset % S::kCastTeams) % S::kCastTeams;
+  };
+  int i = skipped(places.passing);
+  places.passing.advance(i);
+  for (; i < part.passing(); i += S::kCastTeams) {
+    cast_tile<S, T, kType, kPlain>(part, shared, divide, places.passing, part.tiles - 1 - i, lane);
+    places.passing.advance(S::kCastTeams);
+  }
+  i = skipped(places.kept);
+  places.kept.advance(i);
+  for (; i < part.kept; i += S::kCastTeams) {
+    cast_tile<S, T, kType, kPlain>(part, shared, divide, places.kept, i, lane);
+    places.kept.advance(S::kCastTeams);
+  }
+}
+
+template <typename S, typename T>
+__device__ void cast_tiles(const RingParams& p, Shared<S>& shared, int team, int lane) {
+  Places places(p, S::kSlots);
+  int count = 0;
+  for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
+    const Part part = locate(p, index);
+    places.passing.advance(part.passing());  // those loads were for the amax
+    shared.scale_known[count % kScales].wait(count / kScales);
+    const ScaleDivider divide(float_of(shared.scales[count % kScales]), p.rule);
+    const auto cast = [&](auto type, auto plain) {
+      cast_part<S, T, type.value, plain.value>(part, shared, divide, places, team, lane);
+    };
+    using E4M3 = std::integral_constant<Fp8Type, Fp8Type::kE4M3>;
+    using E5M2 = std::integral_constant<Fp8Type, Fp8Type::kE5M2>;
+    if (divide.is_plain()) {
+      p.fp8_type == Fp8Type::kE4M3 ? cast(E4M3{}, std::true_type{}) : cast(E5M2{}, std::true_type{});
+    } else {
+      p.fp8_type == Fp8Type::kE4M3 ? cast(E4M3{}, std::false_type{}) : cast(E5M2{}, std::false_type{});
+    }
+    places.kept.advance(part.kept);
+    if (part.passing() > 0) {
+      places.passing.advance(part.passing());
+      __syncwarp();
+      if (lane % 32 == 0) shared.loaded_again.arrive();
+    }
+  }
+}
+
+template <typename S, typename T>
+__global__ void __launch_bounds__(S::kNumThreads, 1) quantize_ring_kernel(const __grid_constant__ RingParams p) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t memory[];
+  Shared<S>& shared = *reinterpret_cast<Shared<S>*>(memory);
+  const int team = threadIdx.x / kTeamThreads, lane = threadIdx.x % kTeamThreads;
+
+  // Empty the mailboxes of the block's own parts, and start to load.
+  Loader<S> loader(p, shared);
+  if (threadIdx.x == S::kLoaderThread) {
+    for (int i = 0; i < S::kSlots; ++i) {
+      shared.full[i].init(1);
+      shared.empty[i].init(kTeamWarps);
+    }
+    for (int i = 0; i < kScales; ++i) {
+      shared.posted[i].init(1);
+      shared.scale_known[i].init(1);
+    }
+    shared.loaded_again.init(S::kCastTeams * kTeamWarps);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < kTilesBeforeBarrier; ++i) loader.load();
+  } else if (threadIdx.x < S::kLoaderThread) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * S::kLoaderThread;
+    for (int64_t i = static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x; i < p.num_parts; i += step) {
+      const Part part = locate(p, i);
+      empty_mailbox(part.mailboxes, part.index, part.parts);
+    }
+  }
+  __syncwarp();
+  const auto grid = cooperative_groups::this_grid();
+  auto token = grid.barrier_arrive();
+  const auto pass_barrier = [&] {
+    __syncwarp();
+    grid.barrier_wait(std::move(token));
+  };
+
+  if (team == 0) {
+    find_amaxes<S, T>(p, shared, lane, pass_barrier);
+    return;
+  }
+  pass_barrier();
+  if (team <= S::kCastTeams) {
+    cast_tiles<S, T>(p, shared, team - 1, lane);
+  } else if (threadIdx.x == S::kLoaderThread) {
+    while (loader.load()) {
+    }
+  } else if (lane >= 32) {
+    make_scales<S>(p, shared, lane - 32);
+  }
+#endif
+}
+
+}  // namespace
+
+bool has_ring() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
+void plan_ring(RingParams& p) {
+  const int64_t processors = num_processors();
+  int64_t all_bytes = 0, largest = 0, num_groups = 0;
+  for (int i = 0; i < p.num_weights; ++i) {
+    all_bytes += p.weights[i].num_groups * p.weights[i].group_bytes;
+    num_groups += p.weights[i].num_groups;
+    largest = std::max(largest, p.weights[i].group_bytes);
+  }
+  const int64_t chip_bytes = processors * SmallGroups::kSlots * SmallGroups::kTileBytes;
+  p.is_large = largest > chip_bytes || num_groups == 1;
+  const int64_t tile_bytes = p.is_large ? LargeGroups::kTileBytes : SmallGroups::kTileBytes;
+  p.kept_slots = largest > chip_bytes ? kKeptSlots : p.is_large ? LargeGroups::kSlots : SmallGroups::kSlots;
+  p.max_in_flight = 0;
+  const int64_t least = std::clamp<int64_t>(all_bytes / tile_bytes / (2 * processors), 1, kTilesPerPart);
+  p.num_parts = p.num_mailboxes = 0;
+  for (int i = 0; i < p.num_weights; ++i) {
+    RingWeight& weight = p.weights[i];
+    weight.tiles = (weight.group_bytes + tile_bytes - 1) / tile_bytes;
+    // The blocks take one group at a time, or 2, 3, ... if that leaves parts of `least` tiles.
+    const int64_t at_once = std::max<int64_t>(1, processors * least / weight.tiles);
+    const int64_t parts = std::min(weight.tiles, std::max<int64_t>(1, processors / at_once));
+    weight.parts = Divisor(parts);
+    weight.remainder = weight.tiles % parts;
+    if (!p.is_large) p.max_in_flight = std::max(p.max_in_flight, max_in_flight(weight.tiles / parts));
+    weight.first_part = p.num_parts;
+    weight.first_mailbox = p.num_mailboxes;
+    p.num_parts += weight.num_groups * parts;
+    p.num_mailboxes += weight.num_groups * mailbox_stride(parts);
+    p.num_blocks = std::min<int64_t>(i == 0 ? processors / parts * parts : processors, p.num_parts);
+  }
+}
+
+template <typename S, typename T>
+void launch_shape(const RingParams& params, cudaStream_t stream) {
+  const auto* kernel = reinterpret_cast<const void*>(quantize_ring_kernel<S, T>);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<S>));
+  void* arguments[] = {const_cast<RingParams*>(&params)};
+  const dim3 grid(static_cast<unsigned>(params.num_blocks));
+  cudaLaunchCooperativeKernel(kernel, grid, dim3(S::kNumThreads), arguments, sizeof(Shared<S>), stream);
+  check_launch();
+}
+
+void launch_quantize_ring(const RingParams& params, InputType type, cudaStream_t stream) {
+  dispatch_input(type, [&](auto element) {
+    using T = decltype(element);
+    params.is_large ? launch_shape<LargeGroups, T>(params, stream) : launch_shape<SmallGroups, T>(params, stream);
+  });
+}
+
+}  // namespace fp8_kernels
