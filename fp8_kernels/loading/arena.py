@@ -43,6 +43,7 @@ class Staging:
         self.spills = self.spilled_bytes = 0
         self._arena = Arena(device, self.budget, largest_unit)
         self._host = Arena(torch.device("cpu"), first=HOST_SLAB, pin=device.type == "cuda")
+        self._is_cuda = device.type == "cuda"
         self._open: dict[Unit, None] = {}  # those with a buffer, oldest first
         self._stream = None
 
@@ -94,16 +95,17 @@ class Staging:
 
     def follow(self):
         """Let the current stream come after the one that used the buffers before, if that was another."""
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            if stream != self._stream:
+        if self._is_cuda:
+            handle = torch._C._cuda_getCurrentRawStream(self.device.index)
+            if self._stream is None or handle != self._stream.cuda_stream:
+                stream = torch.cuda.current_stream(self.device)
                 if self._stream is not None:
                     stream.wait_stream(self._stream)
                 self._stream = stream
 
     def on_device(self) -> contextlib.AbstractContextManager:
         """Kernels launched inside go to the device, whatever the thread's current one is."""
-        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+        if self._is_cuda and torch.cuda.current_device() != self.device.index:
             return torch.cuda.device(self.device)
         return _NOTHING
 
@@ -131,6 +133,7 @@ class Arena:
         self.device, self.limit, self.first, self.pin = device, limit, first, pin
         self.bytes = self.peak = self.reserved = 0
         self._slabs: list[_Slab] = []
+        self._last: torch.Tensor | None = None  # given back last: the next one is often like it
         self._out: dict[int, tuple[_Slab | None, int, int, int]] = {}  # address -> slab, start, end, bytes
 
     def take(self, shape, dtype: torch.dtype, beyond_limit: bool = False) -> torch.Tensor | None:
@@ -139,6 +142,13 @@ class Arena:
         Args:
             beyond_limit: allocate one apart where the limit leaves no room.
         """
+        last = self._last
+        if last is not None:
+            self._last = None
+            if last.shape == shape and last.dtype is dtype:
+                self._count(self._out[last.data_ptr()][3])
+                return last
+            self._free(last)
         nbytes = math.prod(shape) * dtype.itemsize
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if not nbytes:
@@ -160,17 +170,26 @@ class Arena:
                 stride *= extent
             buffer = slab.typed(dtype).as_strided(shape, strides[::-1], start // dtype.itemsize)
         self._out[buffer.data_ptr()] = slab, start, start + size, nbytes
-        self.bytes += nbytes
-        if self.bytes > self.peak:
-            self.peak = self.bytes
+        self._count(nbytes)
         return buffer
 
     def give(self, buffer: torch.Tensor):
         """Take a buffer back; what is enqueued on it comes before whatever uses its memory next."""
-        if not buffer.numel():
+        address = buffer.data_ptr()
+        if not address:  # without elements
             return
-        slab, start, end, nbytes = self._out.pop(buffer.data_ptr())
-        self.bytes -= nbytes
+        self.bytes -= self._out[address][3]
+        if self._last is not None:
+            self._free(self._last)
+        self._last = buffer
+
+    def _count(self, nbytes):
+        self.bytes += nbytes
+        if self.bytes > self.peak:
+            self.peak = self.bytes
+
+    def _free(self, buffer):
+        slab, start, end, _ = self._out.pop(buffer.data_ptr())
         if slab is not None:
             slab.give(start, end)
 

@@ -127,17 +127,6 @@ class _KeepReal(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def _without_dispatch(function, *args, **kwargs):
-    """Call it without `CopyCounter` seeing its ops, which takes most of the time of a view."""
-    _exclude(_PYTHON, True)
-    _exclude(_SNAPSHOT, True)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _exclude(_PYTHON, False)
-        _exclude(_SNAPSHOT, False)
-
-
 def _nobody_else_sees(t):
     """Are ops on the tensor seen by nothing but `CopyCounter`: no other mode, no class of its own?"""
     return _num_modes() == 1 and type(t).__torch_dispatch__ is _NO_DISPATCH and not _is_excluded(_PYTHON)
@@ -151,9 +140,16 @@ _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
 def _view(writes, func, args, kwargs):
-    if _nobody_else_sees(args[0]):
-        return _without_dispatch(func, *args, **kwargs)
-    return func(*args, **kwargs)
+    """A view reads and writes nothing, so `CopyCounter` need not see it, which takes most of the time of a view."""
+    if not _nobody_else_sees(args[0]):
+        return func(*args, **kwargs)
+    _exclude(_PYTHON, True)
+    _exclude(_SNAPSHOT, True)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        _exclude(_PYTHON, False)
+        _exclude(_SNAPSHOT, False)
 
 
 def _item(writes, func, args, kwargs):
@@ -170,9 +166,16 @@ _SIMPLE = {int, slice, type(None), type(...)}
 def _copy(writes, func, args, kwargs):
     """A shard of a weight, in the usual case."""
     usual = len(args) == 2 and isinstance(args[1], torch.Tensor) and kwargs.keys() <= {"non_blocking"}
-    if usual and _nobody_else_sees(args[0]) and _without_dispatch(writes.take, *args, **kwargs):
-        return args[0]
-    return func(*args, **kwargs)
+    if not usual or not _nobody_else_sees(args[0]):
+        return func(*args, **kwargs)
+    _exclude(_PYTHON, True)
+    _exclude(_SNAPSHOT, True)
+    try:
+        taken = writes.take(*args, **kwargs)
+    finally:
+        _exclude(_PYTHON, False)
+        _exclude(_SNAPSHOT, False)
+    return args[0] if taken else func(*args, **kwargs)
 
 
 def _with_real_index(writes, func, args, kwargs):

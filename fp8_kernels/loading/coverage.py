@@ -70,15 +70,22 @@ class Coverage:
 
     def add_box(self, box: Box):
         """Mark a rectangle as written."""
-        row0, row1, col0, col1 = self._clip(box)
+        row0, row1, col0, col1 = box
+        num_rows, num_cols = self.logical
+        if row1 > num_rows or col1 > num_cols:
+            row1, col1 = min(row1, num_rows), min(col1, num_cols)
         if row0 >= row1 or col0 >= col1:
             return
         if self._mask is not None:
             self._mask[row0:row1, col0:col1] = True
             return
-        bands = self._bands
-        if bands and bands[-1][1] == row0 and bands[-1][2] == ((col0, col1),):  # the next shard in order
-            bands[-1] = bands[-1][0], row1, bands[-1][2]
+        bands, columns = self._bands, ((col0, col1),)
+        if not bands:
+            bands.append((row0, row1, columns))
+            self._covered = (row1 - row0) * (col1 - col0)
+            return
+        if bands[-1][1] == row0 and bands[-1][2] == columns:  # the next shard in order
+            bands[-1] = bands[-1][0], row1, columns
             self._covered += (row1 - row0) * (col1 - col0)
             return
         first, last = self._between(row0, row1)
@@ -122,11 +129,11 @@ class Coverage:
 
     def overlap_box(self, box: Box) -> int:
         """How many logical elements of a rectangle have been written already."""
+        if self._mask is None and (not self._bands or self._bands[-1][1] <= box[0]):  # the next shard in order
+            return 0
         row0, row1, col0, col1 = self._clip(box)
         if self._mask is not None:
             return int(self._mask[row0:row1, col0:col1].sum())
-        if not self._bands or self._bands[-1][1] <= row0:  # the next shard in order
-            return 0
         count = 0
         first, last = self._between(row0, row1)
         for start, end, columns in self._bands[first:last]:

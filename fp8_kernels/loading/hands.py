@@ -50,9 +50,10 @@ class Hands:
         return hand
 
     def hold(self, shard: Shard):
-        """Hold the shard open, which has been recorded as written."""
+        """Hold the shard open, and record it as written."""
         self.mine().shard = shard
         for unit in shard.units:
+            unit.coverage.add_box(shard.box)
             unit.shards.append(shard)
 
     def hold_units(self, units: Iterable[Unit]):
@@ -64,9 +65,7 @@ class Hands:
 
     def let_go(self, turning_to: Iterable[Unit] = ()):
         """This thread turns to these units: what else it held open is quantized."""
-        hand = self._of_thread.get(threading.get_ident())
-        if hand is None:
-            return
+        hand = self.mine()
         if hand.shard is not None:
             self._place(hand)
         if hand.units:
@@ -111,11 +110,11 @@ class Hands:
         if unit.final or unit.shards or (unit.tracked.waits_for_ranks and amax is None):
             return
         started = time.perf_counter()
-        q, scale = unit.finalize(amax)
+        unit.finalize(amax)
         self._report.quantized_units += 1
         self._took("quantize", started)
         if self._on_unit is not None:
-            self._on_unit(unit, q, scale)
+            self._on_unit(unit, *unit.result())
         self._progress(unit)
         if unit.tracked.final:
             self._on_final(unit.tracked)
@@ -123,6 +122,7 @@ class Hands:
     def pass_through(self, unit: Unit):
         """A tensor that stays as it is has arrived."""
         unit.final = True
+        unit.tracked.num_open -= 1
         self._progress(unit)
         self._on_final(unit.tracked)
 
@@ -131,7 +131,7 @@ class Hands:
         shard, hand.shard = hand.shard, None
         tracked, box, units = shard.tracked, shard.box, shard.units
         started = time.perf_counter()
-        whole = tracked.quantize(shard.first, shard.count, box, shard.buffer)
+        whole = tracked.quantize(shard.first, len(units), box, shard.buffer)
         for i, unit in enumerate(units):
             unit.shards.remove(shard)
             unit.add_streamed(whole)
@@ -140,7 +140,9 @@ class Hands:
                     unit.stage(edge, part(shard.buffer[i], box, edge))
         tracked.staging.release(shard.buffer)
         self._took("quantize", started)
-        hand.units += [unit for unit in units if unit.coverage.complete and unit not in hand.units]
+        for unit in units:
+            if unit.coverage.complete and unit not in hand.units:
+                hand.units.append(unit)
 
     def _took(self, phase, started):
         phases = self._report.seconds_by_phase

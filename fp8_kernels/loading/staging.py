@@ -9,6 +9,7 @@ itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -24,22 +25,18 @@ COMPARE_ELEMENTS = 1 << 20  # fp32 temporaries of a comparison hold this many el
 
 
 class Shard:
-    """Data that has arrived and waits, held open by its thread: one rectangle of `count` neighbouring units.
+    """Data that has arrived and waits, held open by its thread: one rectangle of neighbouring units.
 
     Attributes:
-        tracked, first, count: which units.
+        tracked, first, units: which ones.
         box: which rectangle of each.
         buffer: `[count, rows, columns]`.
     """
 
-    __slots__ = ("box", "buffer", "count", "first", "tracked")
+    __slots__ = ("box", "buffer", "first", "tracked", "units")
 
-    def __init__(self, tracked: Tracked, first: int, count: int, box: Box, buffer: torch.Tensor):
-        self.tracked, self.first, self.count, self.box, self.buffer = tracked, first, count, box, buffer
-
-    @property
-    def units(self) -> list[Unit]:
-        return self.tracked.units[self.first : self.first + self.count]
+    def __init__(self, tracked: Tracked, first: int, units: Sequence[Unit], box: Box, buffer: torch.Tensor):
+        self.tracked, self.first, self.units, self.box, self.buffer = tracked, first, units, box, buffer
 
 
 class Unit:
@@ -112,7 +109,7 @@ class Unit:
         """Move a shard that a thread held open into the buffer; returns whether its memory has become the buffer."""
         values = shard.buffer[self.number - shard.first]
         row0, row1, col0, col1 = shard.box
-        whole = shard.count == 1 and (row1 - row0, col1 - col0) == self.shape
+        whole = len(shard.units) == 1 and (row1 - row0, col1 - col0) == self.shape
         if whole and self.buffer is None and values.dtype == self.dtype_for(values.dtype):
             self.buffer, self._dtype = values, values.dtype
             self._staging.opened(self)
@@ -176,27 +173,23 @@ class Unit:
             self._zero_padding()
             self._gaps_are_zero = True
 
-    def finalize(self, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize what is not yet, and let go of the buffer; returns this unit's codes and scales.
+    def finalize(self, amax: torch.Tensor | None = None):
+        """Quantize what is not yet, and let go of the buffer.
 
         Args:
             amax: of the unit's groups, the shape of its scales, to use instead of its own.
         """
-        staging = self._staging
         if self.streamed is None:
             self.open()
             self._zero_padding()
-            q, scale = self.tracked.destination(self.number)
-            with staging.on_device():
-                quantize_to(self.buffer, self.scheme, q, scale, amax)
-        else:
-            for box in self.streamed.missing():
-                row0, row1, col0, col1 = box
-                self.tracked.quantize(self.number, 1, box, self.open()[None, row0:row1, col0:col1])
-            q, scale = self.tracked.destination(self.number)
+            with self._staging.on_device():
+                quantize_to(self.buffer, self.scheme, *self.result(), amax)
+        elif not self.streamed.complete:
+            for row0, row1, col0, col1 in self.streamed.missing():
+                values = self.open()[None, row0:row1, col0:col1]
+                self.tracked.quantize(self.number, 1, (row0, row1, col0, col1), values)
         self.close()
         self.finished()
-        return q, scale
 
     def amax(self) -> torch.Tensor:
         """The maxima of its groups, fp32 of the shape of its scales."""
@@ -204,6 +197,10 @@ class Unit:
         self._zero_padding()
         with self._staging.on_device():
             return amax(buffer, self.scheme)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its codes and scales."""
+        return self.tracked.destination(self.number)
 
     def finished(self):
         """Nothing of it waits any more."""
@@ -287,6 +284,7 @@ class Tracked:
         self.entry, self.staging = entry, staging
         self.q: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
+        self._layout_of_q = self._layout_of_scale = None
         self.installed = False
         first = entry.tensors[0]
         self.handle = first.detach()
@@ -345,20 +343,16 @@ class Tracked:
     def result_of(self, first: int, count: int, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[count, rows, columns]` and scales of one rectangle of whole groups of neighbouring units."""
         row0, row1, col0, col1 = box
-        q, scale, (group_n, group_k) = self.q, self.scale, self.group
-        *unit, row, col = q.stride()
-        start = q.storage_offset() + row0 * row + col0 * col
-        if unit:
-            start += first * unit[0]
-        q = q.as_strided((count, row1 - row0, col1 - col0), (unit[0] if unit else 0, row, col), start)
-        if scale.ndim < 2:  # one a unit
-            return q, scale.reshape(-1)[first : first + count]
+        group_n, group_k = self.group
+        start, unit, row, col = self._layout_of_q
+        start += first * unit + row0 * row + col0 * col
+        q = self.q.as_strided((count, row1 - row0, col1 - col0), (unit, row, col), start)
+        if self._layout_of_scale is None:  # one a unit
+            return q, self.scale.reshape(-1)[first : first + count]
         row0, row1, col0, col1 = row0 // group_n, -(-row1 // group_n), col0 // group_k, -(-col1 // group_k)
-        *unit, row, col = scale.stride()
-        start = scale.storage_offset() + row0 * row + col0 * col
-        if unit:
-            start += first * unit[0]
-        return q, scale.as_strided((count, row1 - row0, col1 - col0), (unit[0] if unit else 0, row, col), start)
+        start, unit, row, col = self._layout_of_scale
+        start += first * unit + row0 * row + col0 * col
+        return q, self.scale.as_strided((count, row1 - row0, col1 - col0), (unit, row, col), start)
 
     def destination(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of one unit, to write into."""
@@ -367,12 +361,16 @@ class Tracked:
 
     def allocate(self):
         """Make the FP8 result, if it is not there yet."""
+        if self._layout_of_q is not None:
+            return
         if self.q is None:
             entry = self.entry
             with torch.inference_mode(False):  # it outlives the engine's context
                 self.q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=self.device)
                 scale_shape = entry.scheme.scale_shape(entry.shape)
                 self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=self.device)
+        self._layout_of_q = _layout(self.q)
+        self._layout_of_scale = _layout(self.scale) if self.scale.ndim > 1 else None
 
     def region(self, t: torch.Tensor, itemsize: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """A view of the tracked storage as (offset, sizes, strides) in elements of the parameter.
@@ -412,6 +410,12 @@ def quantize_to(w, scheme: Scheme, q, scale, amax=None):
         made = quantize(w, scheme, dtype=q.dtype, amax=amax)
         for held, new in zip((q, scale), made, strict=True):
             held.copy_(new)
+
+
+def _layout(t):
+    """Where its elements are: offset of the first, strides of units, rows and columns."""
+    *unit, row, col = t.stride()
+    return t.storage_offset(), unit[0] if unit else 0, row, col
 
 
 def _unit_shapes(entry, tensor):

@@ -122,8 +122,7 @@ class Writes:
                 except BaseException:
                     staging.release(buffer)
                     raise
-                unit.coverage.add_box(box)
-                self._hands.hold(Shard(tracked, number, 1, box, buffer))
+                self._hands.hold(Shard(tracked, number, units, box, buffer))
             else:
                 unit.open(dtype)[row0:row1, col0:col1].copy_(source, non_blocking)
                 unit.coverage.add_box(box)
@@ -327,9 +326,7 @@ class Writes:
             self._replace(target, units[0], box, buffer)
             self.staging.release(buffer)
         else:
-            for unit in units:
-                unit.coverage.add_box(box)
-            self._hands.hold(Shard(tracked, target.first, len(units), box, buffer))
+            self._hands.hold(Shard(tracked, target.first, units, box, buffer))
         return True
 
     def _arrive(self, func, info, args, kwargs, target, box, strides):
