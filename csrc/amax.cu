@@ -27,7 +27,7 @@ __device__ uint32_t amax_of_group(const AmaxParams& p, const Group& group, int n
       const int index = base + i * Traits::kTeam;
       auto at = vec_position(p.grouping.vecs_per_row, num_rows, num_cols, index);
       if (index >= num_vecs) at.valid = 0;
-      vecs[i] = load_vec<T, kAligned, Reuse::kAgain>(source, p.w, at);
+      vecs[i] = load_vec<T, kAligned>(source, p.w, at);
     }
 #pragma unroll
     for (int i = 0; i < Traits::kVecs; ++i) acc = vecs[i].max_abs(acc);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kNumThreads)
       const int64_t vec = base + i * kTeam;
       at[i] = vec_position(p.grouping.vecs_per_row, group.num_rows, group.num_cols, vec);
       if (vec >= end) at[i].valid = 0;
-      vecs[i] = load_vec<T, kAligned, Reuse::kNever>(source, p.w, at[i]);
+      vecs[i] = load_vec<T, kAligned>(source, p.w, at[i]);
     }
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {

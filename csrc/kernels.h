@@ -88,8 +88,43 @@ struct RingParams {
   int32_t kept_slots, max_in_flight;
 };
 
+// A weight for quantize_runs: groups of `vecs` vectors that are runs of memory, each a stride (in elements) after the
+// one before; every run at a multiple of a vector's size in w and of 8 bytes in q.
+struct Runs {
+  const void* w;
+  uint8_t* q;
+  void* scale;
+  int64_t w_stride, q_stride, scale_stride;
+  int64_t num_groups;
+  int32_t vecs;
+  int64_t num_blocks;  // set at the launch
+};
+
+constexpr int kMaxRunsWeights = 48;  // 4 KB of parameters
+
+struct RunsParams {
+  Runs weights[kMaxRunsWeights];
+  int32_t num_weights;
+  Fp8Type fp8_type;
+  ScaleType scale_type;
+  bool pow2;
+  Rule rule;
+};
+
+// The extent of the blocks that quantize_blocks takes.
+constexpr int kFastBlock = 128;
+
+// The most vectors of a group that quantize_runs holds in one thread block's registers.
+int64_t max_run_vecs(InputType type);
+
+// One launch, one read of each w.
+void launch_quantize_runs(RunsParams& params, InputType type, cudaStream_t stream);
+
+// One launch, one read of w; aligned, block_k = kFastBlock, block_n at most that.
+void launch_quantize_blocks(const QuantizeParams& params, InputType type, cudaStream_t stream);
+
 // The most vectors of a group that quantize_groups holds in one thread block's registers.
-int64_t max_resident_vecs(InputType type, bool aligned);
+int64_t max_resident_vecs();
 
 // For launch_quantize_split and launch_amax_split.
 Split quantize_split(const Grouping& grouping, InputType type, bool aligned);
@@ -141,6 +176,16 @@ void dispatch_input(InputType type, F&& f) {
       return f(__half{});
     case InputType::kBFloat16:
       return f(__nv_bfloat16{});
+  }
+}
+
+// Calls f with the FP8 type as a constant.
+template <typename F>
+void dispatch_fp8(Fp8Type type, F&& f) {
+  if (type == Fp8Type::kE4M3) {
+    f(std::integral_constant<Fp8Type, Fp8Type::kE4M3>{});
+  } else {
+    f(std::integral_constant<Fp8Type, Fp8Type::kE5M2>{});
   }
 }
 

@@ -233,11 +233,56 @@ void quantize_in_ring(const std::vector<Quantize>& calls, const Tensor& like, cu
   launch_quantize_ring(ring, calls[0].type, stream);
 }
 
+// The groups as runs of memory a stride apart, for quantize_runs; without data where they are not.
+Runs as_runs(const Quantize& call) {
+  const QuantizeParams& p = call.params;
+  const Grouping& g = p.grouping;
+  if (!call.aligned || p.amax.data != nullptr || g.block_n.value != 1 || g.vecs_per_group > max_run_vecs(call.type)) {
+    return {};
+  }
+  const auto grid_k = static_cast<int64_t>(g.grid_k.value), block_k = static_cast<int64_t>(g.block_k.value);
+  const int64_t num_rows = g.num_groups / grid_k / g.num_units;
+  if (grid_k > 1 && g.num_cols % block_k != 0) return {};
+  // From one of them to the next, over `per_row` of them a row, or -1.
+  const auto stride = [&](const View& v, int64_t per_row, int64_t within_row) -> int64_t {
+    if (num_rows > 1 && per_row > 1 && v.row_stride != per_row * within_row) return -1;
+    const int64_t step = per_row > 1 ? within_row : num_rows > 1 ? v.row_stride : v.unit_stride;
+    return g.num_units > 1 && v.unit_stride != num_rows * per_row * step ? -1 : step;
+  };
+  Runs runs = {p.w.data, static_cast<uint8_t*>(p.q.data), p.scale.data};
+  runs.w_stride = stride(p.w, grid_k, block_k);
+  runs.q_stride = stride(p.q, grid_k, block_k);
+  runs.scale_stride = stride(p.scale, grid_k, p.scale.col_stride);
+  runs.num_groups = g.num_groups;
+  runs.vecs = static_cast<int32_t>(g.vecs_per_group);
+  return runs.w_stride < 0 || runs.q_stride < 0 || runs.scale_stride < 0 ? Runs{} : runs;
+}
+
+// Weights of one device that differ in sizes and places alone, at most kMaxRunsWeights.
+void quantize_runs(const std::vector<Quantize>& calls, cudaStream_t stream) {
+  const QuantizeParams& p = calls[0].params;
+  RunsParams params = {};
+  params.fp8_type = p.fp8_type;
+  params.scale_type = p.scale_type;
+  params.pow2 = p.pow2;
+  params.rule = p.rule;
+  for (const Quantize& call : calls) params.weights[params.num_weights++] = as_runs(call);
+  launch_quantize_runs(params, calls[0].type, stream);
+}
+
+bool is_blocks(const Quantize& call) {
+  const Grouping& g = call.params.grouping;
+  return call.aligned && call.params.amax.data == nullptr && g.block_k.value == kFastBlock &&
+         g.block_n.value > kFastBlock / 2 && g.block_n.value <= kFastBlock;
+}
+
 void quantize_one(const Quantize& call, const Tensor& like, cudaStream_t stream) {
   const auto& [p, type, element_size, aligned] = call;
   const Grouping& g = p.grouping;
   if (g.num_groups == 0) return;
-  if (g.vecs_per_group <= max_resident_vecs(type, aligned)) return launch_quantize_groups(p, type, aligned, stream);
+  if (as_runs(call).w != nullptr) return quantize_runs({call}, stream);
+  if (is_blocks(call)) return launch_quantize_blocks(p, type, stream);
+  if (g.vecs_per_group <= max_resident_vecs()) return launch_quantize_groups(p, type, aligned, stream);
   if (p.amax.data != nullptr) return launch_cast_split(p, type, aligned, stream);
   // A smaller weight is read again from the L2 cache, which costs less than the ring's start.
   constexpr int64_t kLeastRingBytes = 10 << 20;
@@ -287,7 +332,7 @@ void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t bloc
 
   const DeviceGuard guard(w.get_device_index());
   const cudaStream_t stream = current_stream(w);
-  if (g.vecs_per_group <= max_resident_vecs(type, aligned)) return launch_amax(p, type, aligned, stream);
+  if (g.vecs_per_group <= max_resident_vecs()) return launch_amax(p, type, aligned, stream);
   const Split split = amax_split(g, aligned);
   const Tensor mailboxes = scratch(split.num_mailboxes, w);
   launch_amax_split(p, split, static_cast<uint32_t*>(mailboxes.data_ptr()), type, aligned, stream);
@@ -306,23 +351,33 @@ void quantize_many_out(const std::vector<Tensor>& w, const std::vector<Tensor>& 
   }
   const DeviceGuard guard(w[0].get_device_index());
   const cudaStream_t stream = current_stream(w[0]);
+  // Neighbours that one kernel takes together leave in one launch.
   std::vector<Quantize> together;
+  bool in_runs = false;
   const auto launch = [&] {
-    if (together.size() == 1) quantize_one(together[0], w[0], stream);
-    if (together.size() > 1) quantize_in_ring(together, w[0], stream);
+    if (together.size() == 1) {
+      quantize_one(together[0], w[0], stream);
+    } else if (together.size() > 1) {
+      in_runs ? quantize_runs(together, stream) : quantize_in_ring(together, w[0], stream);
+    }
     together.clear();
   };
   for (const Quantize& call : calls) {
-    // Scales of whole weights alone: the other schemes' groups are small, and their kernels see only one weight.
-    const Grouping& g = call.params.grouping;
-    if (g.num_groups * g.num_rows * g.num_cols == 0 || has_grid(block_n, block_k) || !fits_ring(call)) {
+    const QuantizeParams& p = call.params;
+    if (p.grouping.num_groups * p.grouping.num_rows * p.grouping.num_cols == 0) {
       quantize_one(call, w[0], stream);
       continue;
     }
-    const bool same = together.empty() || (call.type == together[0].type &&
-                                           call.params.fp8_type == together[0].params.fp8_type &&
-                                           call.params.scale_type == together[0].params.scale_type);
-    if (!same || together.size() == kMaxRingWeights) launch();
+    // Whole weights all go into the ring, which takes large ones too.
+    const bool runs = has_grid(block_n, block_k) && as_runs(call).w != nullptr;
+    if (!runs && (has_grid(block_n, block_k) || !fits_ring(call))) {
+      quantize_one(call, w[0], stream);
+      continue;
+    }
+    const bool same = !together.empty() && runs == in_runs && call.type == together[0].type &&
+                      p.fp8_type == together[0].params.fp8_type && p.scale_type == together[0].params.scale_type;
+    if (!same || together.size() == (in_runs ? kMaxRunsWeights : kMaxRingWeights)) launch();
+    in_runs = runs;
     together.push_back(call);
   }
   launch();

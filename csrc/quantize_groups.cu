@@ -1,5 +1,5 @@
-// Quantize groups that fit one thread block's registers: rows, blocks, groups within a row, small weights.
-// Each element is read once; one launch.
+// Quantize groups of any shape, stride and alignment that fit one thread block's registers. Each element is read once;
+// one launch. What lies as most weights do has faster kernels: quantize_runs.cu and quantize_blocks.cu.
 #include "kernels.h"
 
 namespace fp8_kernels {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
   for (int g = 0; g < Traits::kGroups; ++g) {
 #pragma unroll
     for (int i = 0; i < Traits::kVecs; ++i) {
-      vecs[g][i] = load_vec<T, kAligned, Reuse::kNever>(sources[g], p.w, position(g, i * Traits::kTeam + lane));
+      vecs[g][i] = load_vec<T, kAligned>(sources[g], p.w, position(g, i * Traits::kTeam + lane));
     }
   }
 
@@ -114,13 +114,8 @@ void launch(const QuantizeParams& params, bool aligned, cudaStream_t stream) {
   dispatch_bool(aligned, [&](auto is_aligned) { launch_kernel<Traits, is_aligned.value>(params, stream); });
 }
 
-// A block of 1024 threads has 64 registers a thread: room for 8 vectors only of the 16-bit types, and only with the
-// little address arithmetic of the aligned kernel.
 template <typename T>
-using Largest = Traits<T, 1024, 8, 1>;
-
-template <typename T>
-using LargestOfAny = Traits<T, 512, 8, 1>;
+using Largest = Traits<T, 512, 8, 1>;
 
 template <typename T>
 void launch_smallest_that_fits(const QuantizeParams& params, bool aligned, cudaStream_t stream) {
@@ -131,19 +126,14 @@ void launch_smallest_that_fits(const QuantizeParams& params, bool aligned, cudaS
     launch<Candidate>(params, aligned, stream);
     return true;
   };
-  const bool launched = fits(Traits<T, 2, 2, 2>{}) || fits(Traits<T, 8, 2, 2>{}) || fits(Traits<T, 32, 4, 1>{}) ||
-                        fits(Traits<T, 64, 4, 1>{}) || fits(Traits<T, 128, 4, 1>{}) ||
-                        fits(Traits<T, 256, 4, 1>{}) || fits(Traits<T, 256, 8, 1>{}) || fits(LargestOfAny<T>{});
-  if constexpr (sizeof(T) == 2) {
-    if (!launched) launch_kernel<Largest<T>, true>(params, stream);
-  }
+  fits(Traits<T, 2, 2, 2>{}) || fits(Traits<T, 8, 2, 2>{}) || fits(Traits<T, 32, 4, 1>{}) ||
+      fits(Traits<T, 64, 4, 1>{}) || fits(Traits<T, 128, 4, 1>{}) || fits(Traits<T, 256, 4, 1>{}) ||
+      fits(Traits<T, 256, 8, 1>{}) || fits(Largest<T>{});
 }
 
 }  // namespace
 
-int64_t max_resident_vecs(InputType type, bool aligned) {
-  return type != InputType::kFloat32 && aligned ? Largest<__half>::capacity() : LargestOfAny<float>::capacity();
-}
+int64_t max_resident_vecs() { return Largest<float>::capacity(); }
 
 void launch_quantize_groups(const QuantizeParams& params, InputType type, bool aligned, cudaStream_t stream) {
   dispatch_input(type, [&](auto element) { launch_smallest_that_fits<decltype(element)>(params, aligned, stream); });

@@ -289,24 +289,6 @@ __device__ void make_scales(const RingParams& p, Shared<S>& shared, int lane) {
   }
 }
 
-// The codes of a vector. Where `kPlain`, every quotient is one that ScaleDivider has no special case for, and signs
-// are put in last, for four codes at once.
-template <typename T, Fp8Type kType, bool kPlain>
-__device__ uint2 codes_of(const Vec<T>& vec, const ScaleDivider& divide) {
-  uint32_t codes[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float2 low = vec.pair(2 * i), high = vec.pair(2 * i + 1);
-    if constexpr (kPlain) {
-      codes[i] = to_fp8x2(divide.plain(low.x), divide.plain(low.y), kType) |
-                 to_fp8x2(divide.plain(high.x), divide.plain(high.y), kType) << 16 | (vec.signs(i) & 0x80808080);
-    } else {
-      codes[i] = to_fp8x2(divide(low.x), divide(low.y), kType) | to_fp8x2(divide(high.x), divide(high.y), kType) << 16;
-    }
-  }
-  return {codes[0], codes[1]};
-}
-
 template <typename S, typename T, Fp8Type kType, bool kPlain>
 __device__ void cast_tile(const Part& part, Shared<S>& shared, const ScaleDivider& divide, const Place& place, int i,
                           int lane) {
@@ -319,7 +301,7 @@ __device__ void cast_tile(const Part& part, Shared<S>& shared, const ScaleDivide
 #pragma unroll
   for (int j = 0; j < TileVecs<S, T>::kPerThread; ++j) {
     if (j * kTeamThreads + lane < tile.num) {
-      __stcs(target + j * kTeamThreads, codes_of<T, kType, kPlain>(tile.vecs[j], divide));
+      __stcs(target + j * kTeamThreads, codes_of<kType, kPlain>(tile.vecs[j], divide));
     }
   }
 }

@@ -55,7 +55,7 @@ __device__ uint32_t amax_of_part(const Grouping& grouping, const View& w, const 
   for (int64_t step = 0; step < part.steps; ++step) {
     Vec<T> vecs[kVecs];
     part.for_step(grouping, split, step,
-                  [&](int i, const auto& at) { vecs[i] = load_vec<T, kAligned, Reuse::kAgain>(source, w, at); });
+                  [&](int i, const auto& at) { vecs[i] = load_vec<T, kAligned>(source, w, at); });
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) acc = vecs[i].max_abs(acc);
   }
@@ -79,7 +79,7 @@ __device__ void cast_part(const QuantizeParams& p, const Split& split, const Par
     VecPosition<int64_t> positions[kVecs];
     part.for_step(p.grouping, split, step, [&](int i, const auto& at) {
       positions[i] = at;
-      vecs[i] = load_vec<T, kAligned, Reuse::kNever>(source, p.w, at);
+      vecs[i] = load_vec<T, kAligned>(source, p.w, at);
     });
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {

@@ -62,8 +62,10 @@ def test_every_source_compiles_and_no_kernel_spills(build):
     kernels = re.findall(r"Function properties for (\S*_kernel\S*)\s+(\d+) bytes stack frame, (\d+) bytes sp", report)
     names = " ".join(name for name, *_ in kernels)
     for family in (
+        "quantize_blocks",
         "quantize_groups",
         "quantize_ring",
+        "quantize_runs",
         "quantize_split",
         "cast_split",
         "amax",

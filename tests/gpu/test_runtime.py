@@ -76,16 +76,17 @@ def test_quantize_many_gives_the_bits_of_each(scheme, backend):
             check(pair, w, scheme)
 
 
-def test_quantize_many_is_one_launch_for_aligned_weights():
-    """CUDA, one scale a weight: sizes may differ, from one tile to more than the chip holds."""
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "per_group", "mxfp8"])
+def test_quantize_many_is_one_launch_for_aligned_weights(scheme):
+    """CUDA: sizes may differ, from one group to more than the chip holds."""
     if "cuda" not in fk.available_backends("cuda"):
         pytest.skip("the CUDA extension is not available here")
-    weights = [weight(shape) for shape in [(64, 256), (1024, 2048), (8, 512, 1024), (9000, 4104), (1, 8)] * 4]
-    out = [empty_outputs(w, "per_tensor") for w in weights]
-    names = launches(lambda: fk.quantize_many(weights, "per_tensor", out=out, backend="cuda"))
+    weights = [weight(shape) for shape in [(64, 256), (1024, 2048), (8, 512, 1024), (9000, 4096), (1, 128)] * 4]
+    out = [empty_outputs(w, scheme) for w in weights]
+    names = launches(lambda: fk.quantize_many(weights, scheme, out=out, backend="cuda"))
     assert len(names) == 1, names
     for (q, scale), w in zip(out, weights, strict=True):
-        for actual, want in zip((q, scale), fk.quantize(w, "per_tensor", backend="reference"), strict=True):
+        for actual, want in zip((q, scale), fk.quantize(w, scheme, backend="reference"), strict=True):
             assert_same_bits(actual, want)
 
 
