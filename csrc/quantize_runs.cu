@@ -18,7 +18,7 @@ struct Traits {
   static constexpr int kVecs = kVecs_;  // loads in flight a thread
   static constexpr int kNumThreads = kTeam > 32 ? kTeam : 256;
   static constexpr int kTeams = kNumThreads / kTeam;
-  static constexpr int kCapacity = kTeam * kVecs;
+  static constexpr int capacity() { return kTeam * kVecs; }
 };
 
 // The weight that a thread block belongs to; its first block becomes 0.
@@ -96,7 +96,7 @@ void launch_quantize_runs(RunsParams& params, InputType type, cudaStream_t strea
     using T = decltype(element);
     const auto fits = [&](auto traits) {
       using Candidate = decltype(traits);
-      if (vecs > Candidate::kCapacity) return false;
+      if (vecs > Candidate::capacity()) return false;
       launch<Candidate>(params, params.fp8_type, stream);
       return true;
     };
