@@ -73,6 +73,11 @@ def quantize(
     return q, _typed(scale, scheme)
 
 
+def quantize_into(w: torch.Tensor, scheme: Scheme, q: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor | None):
+    """`quantize` with outputs that are known to fit: two or three dimensions, the default backend, no checks."""
+    _quantize_out(w, amax, q, _as_bytes(scale), *scheme.quantize_args)
+
+
 def amax(
     w: torch.Tensor,
     scheme: str | Scheme = "per_tensor",

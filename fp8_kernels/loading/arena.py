@@ -69,6 +69,10 @@ class Staging:
             buffer = self._arena.take(shape, dtype)
         return buffer
 
+    def has_room(self, shape, dtype: torch.dtype) -> bool:
+        """Can it give such a buffer out of memory that it has already?"""
+        return self._arena.has_room(shape, dtype)
+
     def release(self, buffer: torch.Tensor):
         """Take a buffer back; it is used again for what is enqueued later."""
         self._arena.give(buffer)
@@ -105,7 +109,7 @@ class Staging:
 
     def on_device(self) -> contextlib.AbstractContextManager:
         """Kernels launched inside go to the device, whatever the thread's current one is."""
-        if self._is_cuda and torch.cuda.current_device() != self.device.index:
+        if self._is_cuda and torch._C._cuda_getDevice() != self.device.index:
             return torch.cuda.device(self.device)
         return _NOTHING
 
@@ -173,6 +177,18 @@ class Arena:
         self._count(nbytes)
         return buffer
 
+    def has_room(self, shape, dtype: torch.dtype) -> bool:
+        """Is there a buffer without a new slab?"""
+        last = self._last
+        if last is not None and last.shape == shape and last.dtype is dtype:
+            return True
+        size = math.prod(shape) * dtype.itemsize
+        for slab in self._slabs:
+            for start, end in slab.free:
+                if end - start >= size:
+                    return True
+        return False
+
     def give(self, buffer: torch.Tensor):
         """Take a buffer back; what is enqueued on it comes before whatever uses its memory next."""
         address = buffer.data_ptr()
@@ -214,7 +230,7 @@ class _Slab:
 
     def __init__(self, memory: torch.Tensor):
         self._memory = memory
-        self._free: list[tuple[int, int]] = [(0, memory.numel())]
+        self.free: list[tuple[int, int]] = [(0, memory.numel())]
         self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     def typed(self, dtype):
@@ -227,17 +243,17 @@ class _Slab:
 
     def take(self, size):
         """Where `size` bytes begin that are taken now; None if no interval holds them."""
-        for i, (start, end) in enumerate(self._free):
+        for i, (start, end) in enumerate(self.free):
             if end - start >= size:
                 if end - start == size:
-                    del self._free[i]
+                    del self.free[i]
                 else:
-                    self._free[i] = start + size, end
+                    self.free[i] = start + size, end
                 return start
         return None
 
     def give(self, start, end):
-        free = self._free
+        free = self.free
         i = bisect_left(free, (start, end))
         if i < len(free) and free[i][0] == end:
             end = free.pop(i)[1]

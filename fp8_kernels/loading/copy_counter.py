@@ -122,16 +122,37 @@ class _KeepReal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func)
-        if handler is not None:
+        if handler is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if handler is _ITEM:
+            handler = _VIEW if _is_view(args[1]) else _with_real_index
+        if handler is not _VIEW:
             return handler(self._writes, func, args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
+        # A view reads and writes nothing, so `CopyCounter` need not see it, which takes most of a view's time.
+        if not _is_alone(args[0]):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        _exclude(_PYTHON, True)
+        _exclude(_SNAPSHOT, True)
+        try:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        finally:
+            _exclude(_PYTHON, False)
+            _exclude(_SNAPSHOT, False)
 
 
-def _nobody_else_sees(t):
+def _is_alone(t):
     """Are ops on the tensor seen by nothing but `CopyCounter`: no other mode, no class of its own?"""
     return _num_modes() == 1 and type(t).__torch_dispatch__ is _NO_DISPATCH and not _is_excluded(_PYTHON)
 
 
+def _is_view(index):
+    """Has it only numbers and slices?"""
+    if type(index) is int:
+        return True
+    return type(index) in _SIMPLE or (type(index) is tuple and all(type(i) in _SIMPLE for i in index))
+
+
+_SIMPLE = {int, slice, type(None), type(...)}
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _num_modes = torch._C._len_torch_dispatch_stack
@@ -139,35 +160,11 @@ _PYTHON, _SNAPSHOT = torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLS
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
-def _view(writes, func, args, kwargs):
-    """A view reads and writes nothing, so `CopyCounter` need not see it, which takes most of the time of a view."""
-    if not _nobody_else_sees(args[0]):
-        return func(*args, **kwargs)
-    _exclude(_PYTHON, True)
-    _exclude(_SNAPSHOT, True)
-    try:
-        return func(*args, **kwargs)
-    finally:
-        _exclude(_PYTHON, False)
-        _exclude(_SNAPSHOT, False)
-
-
-def _item(writes, func, args, kwargs):
-    """A view, if the index has only numbers and slices."""
-    index = args[1]
-    if type(index) in _SIMPLE or (type(index) is tuple and all(type(i) in _SIMPLE for i in index)):
-        return _view(writes, func, args, kwargs)
-    return _with_real_index(writes, func, args, kwargs)
-
-
-_SIMPLE = {int, slice, type(None), type(...)}
-
-
 def _copy(writes, func, args, kwargs):
     """A shard of a weight, in the usual case."""
-    usual = len(args) == 2 and isinstance(args[1], torch.Tensor) and kwargs.keys() <= {"non_blocking"}
-    if not usual or not _nobody_else_sees(args[0]):
-        return func(*args, **kwargs)
+    usual = len(args) == 2 and isinstance(args[1], torch.Tensor) and (not kwargs or list(kwargs) == ["non_blocking"])
+    if not usual or not _is_alone(args[0]):
+        return func(*args, **kwargs) if kwargs else func(*args)
     _exclude(_PYTHON, True)
     _exclude(_SNAPSHOT, True)
     try:
@@ -216,13 +213,14 @@ def _set_data(writes, func, args, kwargs):
     return func(*args, **kwargs)
 
 
+_VIEW, _ITEM = object(), object()  # an item is a view or not, depending on the index
 _VIEWS = ("narrow", "select", "t", "transpose", "permute", "view", "unsqueeze", "squeeze", "unbind", "chunk", "split")
 _HANDLERS = {
-    **{getattr(torch.Tensor, name): _view for name in _VIEWS},
-    torch.Tensor.detach: _view,
-    torch.Tensor.data.__get__: _view,
+    **{getattr(torch.Tensor, name): _VIEW for name in _VIEWS},
+    torch.Tensor.detach: _VIEW,
+    torch.Tensor.data.__get__: _VIEW,
     torch.Tensor.copy_: _copy,
-    torch.Tensor.__getitem__: _item,
+    torch.Tensor.__getitem__: _ITEM,
     torch.Tensor.__setitem__: _with_real_index,
     torch.tensor: _with_real_data,
     torch.as_tensor: _with_real_data,

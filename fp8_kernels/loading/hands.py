@@ -37,7 +37,8 @@ class Hands:
     """
 
     def __init__(self, report: Report, on_unit, on_final: Callable, progress: Callable):
-        self._report = report
+        self._report, self._phases = report, report.seconds_by_phase
+        self._phases["quantize"] = 0.0
         self._on_unit, self._on_final, self._progress = on_unit, on_final, progress
         self._of_thread: dict[int, Hand] = {}
 
@@ -112,7 +113,7 @@ class Hands:
         started = time.perf_counter()
         unit.finalize(amax)
         self._report.quantized_units += 1
-        self._took("quantize", started)
+        self._phases["quantize"] += time.perf_counter() - started
         if self._on_unit is not None:
             self._on_unit(unit, *unit.result())
         self._progress(unit)
@@ -131,22 +132,19 @@ class Hands:
         shard, hand.shard = hand.shard, None
         tracked, box, units = shard.tracked, shard.box, shard.units
         started = time.perf_counter()
-        whole = tracked.quantize(shard.first, len(units), box, shard.buffer)
+        values = shard.values
+        whole = tracked.quantize(shard.first, len(units), box, values)
         for i, unit in enumerate(units):
             unit.shards.remove(shard)
             unit.add_streamed(whole)
             if whole != box:
                 for edge in around(whole, box):
-                    unit.stage(edge, part(shard.buffer[i], box, edge))
+                    unit.stage(edge, part(values[i], box, edge))
         tracked.staging.release(shard.buffer)
-        self._took("quantize", started)
+        self._phases["quantize"] += time.perf_counter() - started
         for unit in units:
             if unit.coverage.complete and unit not in hand.units:
                 hand.units.append(unit)
-
-    def _took(self, phase, started):
-        phases = self._report.seconds_by_phase
-        phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
 
 
 def around(inner, box):

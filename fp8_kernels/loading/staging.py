@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import LoadError
-from ..ops import amax, quantize
+from ..ops import amax, quantize, quantize_into
 from ..reference import FP8_MAX, cast, dequantize, rule
 from ..schemes import WHOLE, Scheme
 from .arena import Arena, Staging
@@ -31,12 +31,42 @@ class Shard:
         tracked, first, units: which ones.
         box: which rectangle of each.
         buffer: `[count, rows, columns]`.
+        room: the rectangle that the buffer has place for: `box`, or the whole of one unit, where what arrives next to
+            `box` joins it.
     """
 
-    __slots__ = ("box", "buffer", "first", "tracked", "units")
+    __slots__ = ("box", "buffer", "first", "room", "tracked", "units")
 
-    def __init__(self, tracked: Tracked, first: int, units: Sequence[Unit], box: Box, buffer: torch.Tensor):
+    def __init__(
+        self,
+        tracked: Tracked,
+        first: int,
+        units: Sequence[Unit],
+        box: Box,
+        buffer: torch.Tensor,
+        room: Box | None = None,
+    ):
         self.tracked, self.first, self.units, self.box, self.buffer = tracked, first, units, box, buffer
+        self.room = room or box
+
+    @property
+    def values(self) -> torch.Tensor:
+        """What has arrived, `[count, rows, columns]`."""
+        if self.room == self.box:
+            return self.buffer
+        row0, row1, col0, col1 = self.box
+        return self.buffer[:, row0 - self.room[0] : row1 - self.room[0], col0 - self.room[2] : col1 - self.room[2]]
+
+    def with_next(self, unit: Unit, box: Box, dtype: torch.dtype) -> Box | None:
+        """The rectangle that this and one next to it are together, if there is room for that."""
+        mine = self.box
+        if self.room == mine or self.units[0] is not unit or self.buffer.dtype is not dtype:
+            return None
+        if mine[1] == box[0] and mine[2:] == box[2:]:
+            return mine[0], box[1], mine[2], mine[3]
+        if box[1] == mine[0] and mine[2:] == box[2:]:
+            return box[0], mine[1], mine[2], mine[3]
+        return None
 
 
 class Unit:
@@ -87,6 +117,8 @@ class Unit:
 
         Quantizing rounds once, from what the checkpoint held, so fp32 data for a bf16 parameter waits in fp32.
         """
+        if dtype is self._dtype and dtype is not torch.float64:
+            return dtype
         wanted = self._dtype if dtype is None else torch.promote_types(self._dtype, dtype)
         return torch.float32 if wanted == torch.float64 else wanted
 
@@ -107,14 +139,13 @@ class Unit:
 
     def keep(self, shard: Shard) -> bool:
         """Move a shard that a thread held open into the buffer; returns whether its memory has become the buffer."""
-        values = shard.buffer[self.number - shard.first]
-        row0, row1, col0, col1 = shard.box
-        whole = len(shard.units) == 1 and (row1 - row0, col1 - col0) == self.shape
-        if whole and self.buffer is None and values.dtype == self.dtype_for(values.dtype):
-            self.buffer, self._dtype = values, values.dtype
+        i, dtype = self.number - shard.first, shard.buffer.dtype
+        fits = len(shard.units) == 1 and shard.buffer.shape[1:] == self.shape and dtype == self.dtype_for(dtype)
+        if fits and self.buffer is None and self.spilled is None:
+            self.buffer, self._dtype = shard.buffer[0], dtype
             self._staging.opened(self)
             return True
-        self.stage(shard.box, values)
+        self.stage(shard.box, shard.values[i])
         return False
 
     def stage(self, box: Box, values: torch.Tensor):
@@ -405,7 +436,7 @@ class Tracked:
 def quantize_to(w, scheme: Scheme, q, scale, amax=None):
     """Quantize into codes and scales that may be on another device than the weight."""
     if q.device == w.device:
-        quantize(w, scheme, out=(q, scale), amax=amax)
+        quantize_into(w, scheme, q, scale, amax)
     else:
         made = quantize(w, scheme, dtype=q.dtype, amax=amax)
         for held, new in zip((q, scale), made, strict=True):

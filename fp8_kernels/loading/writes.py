@@ -18,6 +18,7 @@ from .target import Target
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _COPIES = {"copy_", "fill_", "zero_"}
+WHOLE_BYTES = 32 << 20  # of units whose shards are quantized together if they arrive one after the other
 CHUNK_BYTES = 16 << 20  # of experts that arrive in one copy and are quantized in one launch
 
 
@@ -113,23 +114,53 @@ class Writes:
                 return False
             staging.follow()
             staging.in_use = units = (unit,)
-            self._hands.let_go(units)
             dtype = unit.dtype_for(dtype)
-            if tracked.streams and tracked.whole_groups(box) is not None:
-                buffer = staging.empty((1, row1 - row0, col1 - col0), dtype)
+            streams = tracked.streams and tracked.whole_groups(box) is not None
+            if streams and self._join(unit, box, source, dtype, non_blocking):
+                return True
+            # A small unit that is filled from its start is quantized in one launch.
+            whole = streams and tracked.unit_numel * dtype.itemsize <= WHOLE_BYTES and unit.coverage.empty
+            room = (0, num_rows, 0, num_cols) if whole else box
+            size = (1, room[1] - room[0], room[3] - room[2]) if streams else tracked.unit_shape
+            # What is let go is quantized after this copy where there is room for both: a copy from the host waits for
+            # what was enqueued before it, and that would be a kernel, instead of running beside the next shard's way.
+            let_go_first = not (staging.has_room(size, dtype) or unit.buffer is not None)
+            if let_go_first:
+                self._hands.let_go(units)
+            if streams:
+                buffer = staging.empty(size, dtype)
                 try:
-                    buffer.copy_(source, non_blocking)
+                    target = buffer[0, row0:row1, col0:col1] if room != box else buffer
+                    target.copy_(source, non_blocking)
                 except BaseException:
                     staging.release(buffer)
                     raise
-                self._hands.hold(Shard(tracked, number, units, box, buffer))
+                if not let_go_first:
+                    self._hands.let_go(units)
+                self._hands.hold(Shard(tracked, number, units, box, buffer, room))
             else:
                 unit.open(dtype)[row0:row1, col0:col1].copy_(source, non_blocking)
                 unit.coverage.add_box(box)
                 unit.read_since_write = False
+                if not let_go_first:
+                    self._hands.let_go(units)
                 self._hands.hold_units(units)
             self.report.shards += 1
             self.report.bytes_in += source.nbytes
+        return True
+
+    def _join(self, unit, box, source, dtype, non_blocking):
+        """Put a shard beside the one that the thread holds open; returns whether there was room for it."""
+        shard = self._hands.mine().shard
+        together = shard and shard.with_next(unit, box, dtype)
+        if not together:
+            return False
+        row0, row1, col0, col1 = box
+        shard.buffer[0, row0:row1, col0:col1].copy_(source, non_blocking)
+        shard.box = together
+        unit.coverage.add_box(box)
+        self.report.shards += 1
+        self.report.bytes_in += source.nbytes
         return True
 
     def take_codes(self, t: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> bool:

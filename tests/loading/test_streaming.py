@@ -1,13 +1,14 @@
 """What is quantized before its weight is complete: the bits, what stays readable, and what is refused."""
 
+import contextlib
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-import fp8_kernels as fk
 from fp8_kernels.errors import ConflictingShardError, LoadError
-from fp8_kernels.loading import LayerwiseLoader, hands
+from fp8_kernels.loading import LayerwiseLoader, hands, staging, writes
 
 from .helpers import SCHEMES, Model, assert_quantized, load, values
 
@@ -36,13 +37,46 @@ def _shards(draw):
     return (num_rows, num_cols) if num_experts is None else (num_experts, num_rows, num_cols), boxes
 
 
+@contextlib.contextmanager
+def counted_launches():
+    """The shapes of what is quantized inside."""
+    launches, real = [], staging.quantize_into
+
+    def counted(w, *args):
+        launches.append(tuple(w.shape))
+        return real(w, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "quantize_into", counted)
+        yield launches
+
+
+@pytest.fixture
+def no_whole_units(monkeypatch):
+    """Shards of a small unit do not wait for each other."""
+    monkeypatch.setattr("fp8_kernels.loading.writes.WHOLE_BYTES", 0)
+
+
 @settings(deadline=None, max_examples=150)
-@given(_shards(), st.sampled_from(SCHEMES), st.sampled_from([None, 0, 40_000]), st.booleans(), st.integers(0, 99))
-def test_any_order_any_split_any_budget(shards, scheme, budget, stream, seed):
+@given(
+    _shards(),
+    st.sampled_from(SCHEMES),
+    st.sampled_from([None, 0, 40_000]),
+    st.booleans(),
+    st.sampled_from([0, 20_000, writes.WHOLE_BYTES]),
+    st.integers(0, 99),
+)
+def test_any_order_any_split_any_budget(shards, scheme, budget, stream, whole_bytes, seed):
     """Whatever the order and the cuts of the shards, whatever spills, streamed or not, duplicates included: the
     bytes of quantizing the whole weight at once."""
     shape, boxes = shards
     torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writes, "WHOLE_BYTES", whole_bytes)
+        _load_and_compare(shape, boxes, scheme, budget, stream, seed)
+
+
+def _load_and_compare(shape, boxes, scheme, budget, stream, seed):
     model = Model(experts=shape, w13=shape)
     weights = {name: values(*shape) for name in ("experts", "w13")}
     with LayerwiseLoader(model, scheme, device="cpu", stream=stream, staging_budget=budget) as loader:
@@ -60,8 +94,8 @@ def test_any_order_any_split_any_budget(shards, scheme, budget, stream, seed):
 
 
 @pytest.mark.parametrize("scheme", STREAMING)
-def test_a_streamed_weight_is_never_held_whole(scheme):
-    """Shards of whole groups need the memory of one shard, not of the weight; leftovers need no more than it."""
+def test_a_streamed_weight_is_never_held_whole(scheme, no_whole_units):
+    """Shards of whole groups need the memory of two shards, not of the weight; leftovers need no more than it."""
     w = values(4096, 256)
 
     def loading(rows):
@@ -73,7 +107,7 @@ def test_a_streamed_weight_is_never_held_whole(scheme):
 
     model = Model(fc=(4096, 256))
     loader = load(model, loading(512), scheme)
-    assert loader.report.peak_staging_bytes == 512 * 256 * 2
+    assert loader.report.peak_staging_bytes == 2 * 512 * 256 * 2
     assert_quantized(model, "fc.weight", w, scheme)
     model = Model(fc=(4096, 256))
     loader = load(model, loading(200), scheme)
@@ -83,7 +117,7 @@ def test_a_streamed_weight_is_never_held_whole(scheme):
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_sources_of_other_dtypes_are_not_rounded(scheme, source):
+def test_sources_of_other_dtypes_are_not_rounded(scheme, source, no_whole_units):
     """A shard is quantized from what arrived, also where the rest of its group waits in another dtype."""
     w = values(300, 64, dtype=source)
     model = Model(fc=(300, 64))
@@ -99,7 +133,7 @@ def test_sources_of_other_dtypes_are_not_rounded(scheme, source):
 
 
 @pytest.mark.parametrize("scheme", STREAMING)
-def test_the_latest_shard_can_be_read_and_rewritten(scheme):
+def test_the_latest_shard_can_be_read_and_rewritten(scheme, no_whole_units):
     """`p.copy_(w); p.copy_(f(p))` works shard by shard without an option: a thread's latest shard is held open."""
     w, other = values(256, 64), values(3, 5)
     model = Model(fc=(256, 64), fc2=(3, 5))
@@ -118,7 +152,40 @@ def test_the_latest_shard_can_be_read_and_rewritten(scheme):
 
 
 @pytest.mark.parametrize("scheme", STREAMING)
-def test_reading_what_is_streamed(scheme):
+def test_shards_of_a_small_unit_wait_for_each_other(scheme):
+    """Neighbours that arrive one after the other, upwards or downwards, are quantized in one launch, and may be read
+    until then; a shard that is no neighbour ends it."""
+    w = values(256, 64)
+
+    def loading(*starts, read=False):
+        def run(params):
+            for start in starts:
+                params["fc.weight"].data[start : start + 64].copy_(w[start : start + 64])
+            if read:
+                params["fc.weight"].data.mul_(2)
+
+        return run
+
+    for starts, count in (
+        ((0, 64, 128, 192), 1),
+        ((192, 128, 64, 0), 1),
+        ((64, 0, 128, 192), 1),
+        ((0, 128, 64, 192), 4),
+    ):
+        model = Model(fc=(256, 64))
+        with counted_launches() as launches:
+            loader = load(model, loading(*starts), scheme)
+        assert_quantized(model, "fc.weight", w, scheme)
+        if scheme != "per_block":  # where half a block waits for the other half
+            assert len(launches) == count
+        assert loader.report.peak_staging_bytes <= 2 * w.nbytes
+    model = Model(fc=(256, 64))
+    load(model, loading(0, 64, 128, 192, read=True), scheme)
+    assert_quantized(model, "fc.weight", w * 2, scheme)
+
+
+@pytest.mark.parametrize("scheme", STREAMING)
+def test_reading_what_is_streamed(scheme, no_whole_units):
     """Rows that were quantized while their weight is open cannot be read back; `stream=False`, by name, keeps them."""
     w = values(256, 64)
 
@@ -139,7 +206,7 @@ def test_reading_what_is_streamed(scheme):
 
 
 @pytest.mark.parametrize("scheme", STREAMING)
-def test_rewriting_what_is_streamed(scheme):
+def test_rewriting_what_is_streamed(scheme, no_whole_units):
     """While a weight is open, whole groups may arrive again and the last value counts; a part of a group may only
     say what was said before."""
     w, new = values(390, 128), values(128, 128)
@@ -191,7 +258,7 @@ def test_fused_expert_checkpoints(scheme, layout):
     """Experts in one tensor, `[E, 2I, H]` or transposed, in halves or interleaved, are quantized per expert; those
     that complete together in one launch."""
     experts = values(5, 64, 32)
-    model, launches = Model(w13=(5, 64, 32)), []
+    model = Model(w13=(5, 64, 32))
 
     def loading(params):
         p = params["w13.weight"].data
@@ -211,14 +278,7 @@ def test_fused_expert_checkpoints(scheme, layout):
             p[3:].copy_(experts[3:])
             p[:3].copy_(experts[:3])
 
-    real = fk.loading.staging.quantize
-
-    def counted(w, *args, **kwargs):
-        launches.append(tuple(w.shape))
-        return real(w, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fp8_kernels.loading.staging.quantize", counted)
+    with counted_launches() as launches:
         loader = load(model, loading, scheme)
     assert_quantized(model, "w13.weight", experts, scheme)
     assert loader.report.quantized_units == 5
