@@ -179,7 +179,7 @@ def memory(device: torch.device, layers: int, scale_down: int) -> list[dict]:
     return results
 
 
-def host(device: torch.device, sweep: tuple[int, ...] = SWEEP, scale_down: int = 1, rounds: int = 7) -> dict:
+def host(device: torch.device, sweep: tuple[int, ...] = SWEEP, scale_down: int = 1, rounds: int = 5) -> dict:
     """Microseconds a shard, of the loader above plain parameters on the same device."""
     found: dict = {"experts": {}, "sweep": {}}
     rows, cols = max(1408 // scale_down, 1), max(2048 // scale_down, 1)
