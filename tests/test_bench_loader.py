@@ -28,6 +28,14 @@ def test_bars_compare_with_what_was_measured():
     assert [line.rsplit(" ", 1)[1] for line in lines] == ["met", "MISSED"]
 
 
+def test_the_readme_holds_what_was_measured():
+    """The table of loads in bench/README.md is what the results file renders to."""
+    text = (loader.RESULTS.parent / "README.md").read_text()
+    result = json.loads((loader.RESULTS / "loader_nvidia-h100-80gb-hbm3.json").read_text())
+    table = text.partition("<!-- loads -->\n")[2].partition("\n<!-- end of loads -->")[0]
+    assert table == loader.table(result)
+
+
 def test_it_runs_where_there_is_no_gpu(tmp_path, capsys):
     """Small shapes on the CPU: a table, and the numbers as JSON."""
     arguments = ["--device", "cpu", "--layers", "1", "--scale-down", "32", "--max-shards", "100"]
