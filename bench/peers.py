@@ -358,9 +358,15 @@ def _import(name):
 
 def _fbgemm_triton():
     kernels = _import("fbgemm_gpu.experimental.gemm.triton_gemm.fp8_gemm")
+
+    def bind_blocks(w):
+        if w.numel() > 1 << 31:
+            raise Absent("writes outside of its output above 2^31 elements")
+        return lambda: kernels.triton_quantize_fp8_block(w, 128, 128)
+
     return {
         "per_channel": {"FBGEMM Triton": _as_rows(lambda w: lambda: kernels.triton_quantize_fp8_row(w))},
-        "per_block": {"FBGEMM Triton": _as_rows(lambda w: lambda: kernels.triton_quantize_fp8_block(w, 128, 128))},
+        "per_block": {"FBGEMM Triton": _as_rows(bind_blocks)},
     }
 
 

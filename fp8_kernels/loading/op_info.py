@@ -24,7 +24,7 @@ PARTIAL: dict[str, Callable] = {
     "scatter_reduce_": lambda mark, dim, index, *_: mark.scatter_(dim, index.to(mark.device), True),
     "masked_fill_": lambda mark, mask, *_: mark.masked_fill_(mask.to(mark.device), True),
     "masked_scatter_": lambda mark, mask, *_: mark.masked_fill_(mask.to(mark.device), True),
-    "put_": lambda mark, index, *_: mark.put_(index.to(mark.device), torch.ones_like(index, dtype=torch.bool)),
+    "put_": lambda mark, index, *_: mark.put_(index.to(mark.device), _true(mark).expand(index.shape)),
     "embedding_renorm_": lambda mark, index, *_: mark.index_fill_(0, index.flatten().to(mark.device), True),
     "fill_diagonal_": lambda mark, value, wrap=False: mark.fill_diagonal_(True, wrap),
 }

@@ -18,6 +18,8 @@ def call(func, info: OpInfo, args, kwargs, targets: list[Target], buffers: list[
         device: where staged data is.
     """
     if info.is_copy and len(targets) == 1 and targets[0].written and args[1] is not args[0]:  # nearly always
+        if isinstance(args[1], torch.Tensor) and not args[1].is_cuda:
+            args, kwargs = args[:2], {}  # memory of the host may be written again after this: no non_blocking
         with named(func, targets):
             func(targets[0].view(buffers[0]), *args[1:], **kwargs)
         return args[0]

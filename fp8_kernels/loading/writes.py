@@ -89,6 +89,7 @@ class Writes:
         known = self._by_storage.get(t.untyped_storage()._cdata)
         if known is None:
             return False
+        non_blocking &= source.is_cuda  # memory of the host may be written again as soon as this returns
         tracked, dtype, shape = known[0], source.dtype, t.shape
         num_rows, num_cols = tracked.unit_shape
         if (

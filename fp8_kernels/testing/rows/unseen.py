@@ -111,7 +111,7 @@ def foreach_copy_(scheme):
 
 REBINDINGS = {
     "data": lambda module, w: setattr(module.weight, "data", w),
-    "set_": lambda module, w: module.weight.set_(w),
+    "set_": lambda module, w: module.weight.set_(w if module.weight.is_meta else w.to(module.weight.device)),
     "swap_tensors": lambda module, w: torch.utils.swap_tensors(module.weight, nn.Parameter(w)),
     "assign": lambda module, w: module.load_state_dict({"weight": w}, assign=True),
     "new_parameter": lambda module, w: setattr(module, "weight", nn.Parameter(w)),
