@@ -361,7 +361,7 @@ def _fbgemm_triton():
 
     def bind_blocks(w):
         if w.numel() > 1 << 31:
-            raise Absent("writes outside of its output above 2^31 elements")
+            raise Absent("an illegal memory access was seen above 2^31 elements")
         return lambda: kernels.triton_quantize_fp8_block(w, 128, 128)
 
     return {
