@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .sources import Sources
+
 if TYPE_CHECKING:
     from .staging import Unit
 
@@ -30,14 +32,22 @@ class Staging:
         largest_unit: high-precision bytes of the largest unit.
         budget: bytes; by default the larger of 256 MiB and two of the largest units. One op's own data is always
             held, whatever the budget.
+        sources: copies what arrives.
 
     Attributes:
         in_use: units that the running op needs: they do not spill.
         spills, spilled_bytes: how often a unit went to the host, and the bytes that did.
     """
 
-    def __init__(self, device: torch.device, largest_unit: int = 0, budget: int | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        largest_unit: int = 0,
+        budget: int | None = None,
+        sources: Sources | None = None,
+    ):
         self.device = device
+        self.sources = sources or Sources()
         self.budget = max(SMALLEST_BUDGET, 2 * largest_unit) if budget is None else budget
         self.in_use: Iterable[Unit] = ()
         self.spills = self.spilled_bytes = 0
@@ -94,6 +104,7 @@ class Staging:
 
     def close(self):
         """Give all memory back; nothing can be staged any more."""
+        self.sources.close()
         self._arena = self._host = None
         self._open.clear()
 

@@ -140,6 +140,16 @@ class _KeepReal(TorchFunctionMode):
             _exclude(_SNAPSHOT, False)
 
 
+class BelowModes:
+    """Inside, no mode and no function of a class of its own sees what torch does, on this thread."""
+
+    def __enter__(self):
+        self._guards = torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()
+
+    def __exit__(self, *exc):
+        del self._guards
+
+
 def _is_alone(t):
     """Are ops on the tensor seen by nothing but `CopyCounter`: no other mode, no class of its own?"""
     return _num_modes() == 1 and type(t).__torch_dispatch__ is _NO_DISPATCH and not _is_excluded(_PYTHON)

@@ -50,23 +50,22 @@ class Hands:
             hand = self._of_thread[thread] = Hand()
         return hand
 
-    def hold(self, shard: Shard):
+    def hold(self, hand: Hand, shard: Shard):
         """Hold the shard open, and record it as written."""
-        self.mine().shard = shard
+        hand.shard = shard
         for unit in shard.units:
             unit.coverage.add_box(shard.box)
             unit.shards.append(shard)
 
     def hold_units(self, units: Iterable[Unit]):
-        """Hold open those of the units that are complete."""
+        """This thread holds open those of the units that are complete."""
         held = self.mine().units
         for unit in units:
             if unit not in held and not unit.final and unit.coverage.complete:
                 held.append(unit)
 
-    def let_go(self, turning_to: Iterable[Unit] = ()):
-        """This thread turns to these units: what else it held open is quantized."""
-        hand = self.mine()
+    def let_go(self, hand: Hand, turning_to: Iterable[Unit] = ()):
+        """The thread turns to these units: what else it held open is quantized."""
         if hand.shard is not None:
             self._place(hand)
         if hand.units:

@@ -16,7 +16,8 @@ from torch.nn.modules.module import (
 
 from ..errors import LoadError
 from .checks import check_complete, check_finite, check_nothing_on_meta
-from .copy_counter import CopyCounter
+from .copy_counter import BelowModes, CopyCounter
+from .coverage import Box
 from .install import Snapshot, exchange
 from .plan import Entry, Plan
 from .ranks import Ranks
@@ -72,6 +73,7 @@ class Session:
         self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, self._advance)
         self.tracked: list[Tracked] = []
         self._at: dict[tuple[int, str], Tracked] = {}  # (module, leaf) -> what is registered there
+        self._named: dict[str, Tracked] = {}
         self._waiting: dict[torch.nn.Module, int] = {}  # how many of its tensors are not final
 
     def start(self):
@@ -87,6 +89,23 @@ class Session:
         for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook):
             self._exits.callback(register(self._registered).remove)
         self._exits.enter_context(CopyCounter(self.writes))
+
+    def write_box(self, name: str, expert: int | None, box: Box | None, source: torch.Tensor):
+        """Write a shard to where it belongs, past the mode: for loaders of our own, of which each op's cost counts.
+
+        Coverage, checks, errors and results are those of `copy_` into that view of the parameter; a thread needs no
+        `worker()` for it, but has to call `writes.let_go()` when it has written its last.
+
+        Args:
+            name: of a tensor of the plan, any that it is known under.
+            expert, box, source: see `Writes.write_box`.
+
+        Raises:
+            KeyError: nothing of that name is loaded.
+            LoadError, ConflictingShardError: as for any write.
+        """
+        with BelowModes():
+            self.writes.write_box(self._named[name], expert, box, source)
 
     def stop(self):
         """The end of loading: ops go their usual way again."""
@@ -105,7 +124,7 @@ class Session:
         if self._staging is not None:
             self._staging.close()
         self.writes = self._staging = self._hooks = self.model = None
-        self.tracked, self._at, self._waiting = [], {}, {}
+        self.tracked, self._at, self._named, self._waiting = [], {}, {}, {}
 
     def _track(self, entry):
         if entry.scheme is None:
@@ -122,6 +141,7 @@ class Session:
         self.tracked.append(tracked)
         for place in tracked.places:
             self._at[id(place.module), place.leaf] = tracked
+        self._named.update(dict.fromkeys(entry.names, tracked))
         for t in entry.tensors:
             self.writes.track(tracked, t)
         for module in tracked.modules:

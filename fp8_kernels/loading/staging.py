@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import LoadError
-from ..ops import amax, quantize, quantize_into
+from ..ops import WEIGHT_DTYPES, amax, quantize, quantize_into
 from ..reference import FP8_MAX, cast, dequantize, rule
 from ..schemes import WHOLE, Scheme
 from .arena import Arena, Staging
@@ -57,10 +57,10 @@ class Shard:
         row0, row1, col0, col1 = self.box
         return self.buffer[:, row0 - self.room[0] : row1 - self.room[0], col0 - self.room[2] : col1 - self.room[2]]
 
-    def with_next(self, unit: Unit, box: Box, dtype: torch.dtype) -> Box | None:
-        """The rectangle that this and one next to it are together, if there is room for that."""
+    def with_next(self, box: Box, dtype: torch.dtype) -> Box | None:
+        """The rectangle that this and one next to it, of the same unit, are together, if there is room for that."""
         mine = self.box
-        if self.room == mine or self.units[0] is not unit or self.buffer.dtype is not dtype:
+        if self.room == mine or self.buffer.dtype is not dtype:
             return None
         if mine[1] == box[0] and mine[2:] == box[2:]:
             return mine[0], box[1], mine[2], mine[3]
@@ -77,6 +77,7 @@ class Unit:
         index: of the expert; None for a weight of two dimensions.
         shape: (N, K), padding included.
         scheme: None for pass-through.
+        dtype: what its high-precision values are held in.
         final: quantized (or, for pass-through, fully written).
         coverage: what was written.
         streamed: what of it is quantized already, in whole groups; None if nothing is.
@@ -98,7 +99,7 @@ class Unit:
         self.final = False
         self.read_since_write = False
         self._staging = staging
-        self._dtype = entry.dtype
+        self.dtype = entry.dtype
         self._gaps_are_zero = False
 
     @property
@@ -117,9 +118,9 @@ class Unit:
 
         Quantizing rounds once, from what the checkpoint held, so fp32 data for a bf16 parameter waits in fp32.
         """
-        if dtype is self._dtype and dtype is not torch.float64:
+        if dtype is self.dtype and dtype is not torch.float64:
             return dtype
-        wanted = self._dtype if dtype is None else torch.promote_types(self._dtype, dtype)
+        wanted = self.dtype if dtype is None else torch.promote_types(self.dtype, dtype)
         return torch.float32 if wanted == torch.float64 else wanted
 
     def open(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -134,7 +135,7 @@ class Unit:
             wider = staging.empty(self.shape, wanted).copy_(self.buffer)
             staging.release(self.buffer)
             self.buffer = wider
-        self._dtype = wanted
+        self.dtype = wanted
         return self.buffer
 
     def keep(self, shard: Shard) -> bool:
@@ -142,7 +143,7 @@ class Unit:
         i, dtype = self.number - shard.first, shard.buffer.dtype
         fits = len(shard.units) == 1 and shard.buffer.shape[1:] == self.shape and dtype == self.dtype_for(dtype)
         if fits and self.buffer is None and self.spilled is None:
-            self.buffer, self._dtype = shard.buffer[0], dtype
+            self.buffer, self.dtype = shard.buffer[0], dtype
             self._staging.opened(self)
             return True
         self.stage(shard.box, shard.values[i])
@@ -305,6 +306,8 @@ class Tracked:
         q, scale: the FP8 result, allocated when the first group is quantized.
         installed: the model already holds the result.
         group: (rows, columns) that share a scale.
+        usual: shards may come by `Arrivals`.
+        row_strides: of a view of whole rows, or of columns of them.
         streams: groups are quantized as soon as they are whole; else nothing is before its unit is.
         num_open: how many of its units are not final.
         device: where the result is: the CPU for what is offloaded, else where it is quantized.
@@ -328,6 +331,8 @@ class Tracked:
         if entry.scheme:
             block = entry.scheme.block
             self.group = tuple(n if b == WHOLE else b for n, b in zip(self.unit_shape, block, strict=True))
+        self.row_strides = (self.unit_shape[1], 1)
+        self.usual = bool(entry.scheme and entry.dtype in WEIGHT_DTYPES and self.unit_numel)
         # Padding has to be in the groups that it shares a scale with.
         self.streams = bool(entry.scheme and entry.stream and entry.logical == entry.shape and self.unit_numel)
         self.units = [Unit(self, i, staging) for i in range(entry.num_units if entry.scheme else 1)]

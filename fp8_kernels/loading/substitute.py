@@ -6,23 +6,31 @@ import torch
 
 from ..errors import LoadError
 from ..ops import FP8_DTYPES
+from .arena import Staging
 from .op_info import OpInfo
 from .target import Target
 
 
-def call(func, info: OpInfo, args, kwargs, targets: list[Target], buffers: list[torch.Tensor], device):
+def write(func, info: OpInfo, into: torch.Tensor, args, kwargs, staging: Staging):
+    """Run the op, of which only the first argument is tracked, on real memory in its place."""
+    if info.is_copy and isinstance(args[1], torch.Tensor) and args[1].layout is torch.strided:
+        staging.sources.bring(into, *args[1:], **kwargs)
+    else:
+        func(into, *args[1:], **kwargs)
+
+
+def call(func, info: OpInfo, args, kwargs, targets: list[Target], buffers: list[torch.Tensor], staging: Staging):
     """Run the op with real views in the place of the tracked tensors; returns what it returns to the engine.
 
     Args:
         buffers: for each target, real memory that begins where its first unit does.
-        device: where staged data is.
+        staging: of the load.
     """
     if info.is_copy and len(targets) == 1 and targets[0].written and args[1] is not args[0]:  # nearly always
-        if isinstance(args[1], torch.Tensor) and not args[1].is_cuda:
-            args, kwargs = args[:2], {}  # memory of the host may be written again after this: no non_blocking
         with named(func, targets):
-            func(targets[0].view(buffers[0]), *args[1:], **kwargs)
+            write(func, info, targets[0].view(buffers[0]), args, kwargs, staging)
         return args[0]
+    device = staging.device
     views = {id(t.tensor): t.view(b) for t, b in zip(targets, buffers, strict=True)}
     originals = {id(v): t.tensor for t in targets if (v := views[id(t.tensor)]) is not t.tensor}
     staged = bool(originals)

@@ -8,17 +8,16 @@ from collections.abc import Callable
 import torch
 
 from ..errors import ConflictingShardError, LoadError
-from ..ops import WEIGHT_DTYPES
+from .arrivals import Arrivals
+from .coverage import Box
 from .hands import Hands, around, part
 from .op_info import OpInfo, op_info
 from .report import Report
 from .staging import COMPARE_ELEMENTS, Shard, Staging, Tracked, Unit
-from .substitute import call, named, refuse, source_dtype, split
+from .substitute import call, named, refuse, source_dtype, split, write
 from .target import Target
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _COPIES = {"copy_", "fill_", "zero_"}
-WHOLE_BYTES = 32 << 20  # of units whose shards are quantized together if they arrive one after the other
 CHUNK_BYTES = 16 << 20  # of experts that arrive in one copy and are quantized in one launch
 
 
@@ -41,6 +40,7 @@ class Writes:
         self.has_tied_real = False
         self._hands = Hands(report, on_unit, on_final, progress)
         self._lock = threading.RLock()
+        self.arrivals = Arrivals(staging, self._hands, report, self._lock)
         self._by_storage: dict[int, tuple[Tracked, int]] = {}
         self._storages: list[torch.UntypedStorage] = []  # alive, so that no other storage takes their address
         self._frozen: dict[int, str] = {}  # storages that nothing may write, by the names of what they hold
@@ -81,88 +81,53 @@ class Writes:
         return target and target.tracked
 
     def take(self, t: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
-        """`t.copy_(source)` in the usual case: whole elements of one unit, row by row, none of which was written
-        before. Returns False, and has done nothing, in every other one.
-
-        `run` does the same for any op; this is what a shard costs where there are thousands of them.
-        """
+        """`t.copy_(source)` in the usual case, see `Arrivals`. Returns False, and has done nothing, in every other."""
         known = self._by_storage.get(t.untyped_storage()._cdata)
         if known is None:
             return False
-        non_blocking &= source.is_cuda  # memory of the host may be written again as soon as this returns
-        tracked, dtype, shape = known[0], source.dtype, t.shape
-        num_rows, num_cols = tracked.unit_shape
+        tracked, shape = known[0], t.shape
         if (
-            tracked.entry.scheme is None
-            or len(shape) != 2
-            or shape != source.shape
+            not tracked.usual
             or t.dtype is not tracked.entry.dtype
-            or dtype not in WEIGHT_DTYPES
-            or t.stride() != (num_cols, 1)
-            or not (t.is_meta and type(source) in _PLAIN and source.layout is torch.strided and t.numel())
-            or source.is_meta
-            or ((source.requires_grad or t.requires_grad) and torch.is_grad_enabled())
+            or t.stride() != tracked.row_strides
+            or shape != source.shape
+            or (t.requires_grad and torch.is_grad_enabled())
         ):
             return False
         number, start = divmod(t.storage_offset() - tracked.base, tracked.unit_numel)
-        row0, col0 = divmod(start, num_cols)
-        box = row0, row1, col0, col1 = row0, row0 + shape[0], col0, col0 + shape[1]
-        if row1 > num_rows or col1 > num_cols:
-            return False
-        unit, staging = tracked.units[number], self.staging
-        with self._lock:
-            if unit.final or unit.coverage.overlap_box(box):
-                return False
-            staging.follow()
-            staging.in_use = units = (unit,)
-            dtype = unit.dtype_for(dtype)
-            streams = tracked.streams and tracked.whole_groups(box) is not None
-            if streams and self._join(unit, box, source, dtype, non_blocking):
-                return True
-            # A small unit that is filled from its start is quantized in one launch.
-            whole = streams and tracked.unit_numel * dtype.itemsize <= WHOLE_BYTES and unit.coverage.empty
-            room = (0, num_rows, 0, num_cols) if whole else box
-            size = (1, room[1] - room[0], room[3] - room[2]) if streams else tracked.unit_shape
-            # What is let go is quantized after this copy where there is room for both: a copy from the host waits for
-            # what was enqueued before it, and that would be a kernel, instead of running beside the next shard's way.
-            let_go_first = not (staging.has_room(size, dtype) or unit.buffer is not None)
-            if let_go_first:
-                self._hands.let_go(units)
-            if streams:
-                buffer = staging.empty(size, dtype)
-                try:
-                    target = buffer[0, row0:row1, col0:col1] if room != box else buffer
-                    target.copy_(source, non_blocking)
-                except BaseException:
-                    staging.release(buffer)
-                    raise
-                if not let_go_first:
-                    self._hands.let_go(units)
-                self._hands.hold(Shard(tracked, number, units, box, buffer, room))
-            else:
-                unit.open(dtype)[row0:row1, col0:col1].copy_(source, non_blocking)
-                unit.coverage.add_box(box)
-                unit.read_since_write = False
-                if not let_go_first:
-                    self._hands.let_go(units)
-                self._hands.hold_units(units)
-            self.report.shards += 1
-            self.report.bytes_in += source.nbytes
-        return True
+        row0, col0 = divmod(start, tracked.unit_shape[1])
+        num_rows, num_cols = shape
+        return self.arrivals.take(tracked, number, (row0, row0 + num_rows, col0, col0 + num_cols), source, non_blocking)
 
-    def _join(self, unit, box, source, dtype, non_blocking):
-        """Put a shard beside the one that the thread holds open; returns whether there was room for it."""
-        shard = self._hands.mine().shard
-        together = shard and shard.with_next(unit, box, dtype)
-        if not together:
-            return False
-        row0, row1, col0, col1 = box
-        shard.buffer[0, row0:row1, col0:col1].copy_(source, non_blocking)
-        shard.box = together
-        unit.coverage.add_box(box)
-        self.report.shards += 1
-        self.report.bytes_in += source.nbytes
-        return True
+    def write_box(self, tracked: Tracked, expert: int | None, box: Box | None, source: torch.Tensor):
+        """Write a shard into a rectangle of a tracked tensor, as `copy_` into that view of it does, without a view.
+
+        Args:
+            expert: the index in the first dimension; None for the whole tensor or a matrix.
+            box: rows from, to, columns from, to, of the matrix; None for all of it.
+            source: of the shape of what it is written to, real, on any device.
+
+        Raises:
+            LoadError, ConflictingShardError: as writes do; also for a place that is not in the tensor.
+        """
+        whole, matrix = tracked.handle, tracked.entry.shape[0 if expert is None else 1 :]
+        if expert is not None and not 0 <= expert < tracked.entry.shape[0]:
+            raise LoadError(f"`{tracked.entry.name}` has {tracked.entry.shape[0]} experts, got number {expert}")
+        if box is None and len(matrix) == 2:
+            box = 0, matrix[0], 0, matrix[1]
+        if box is not None:
+            row0, row1, col0, col1 = box
+            if len(matrix) != 2 or not (0 <= row0 <= row1 <= matrix[0] and 0 <= col0 <= col1 <= matrix[1]):
+                raise LoadError(f"rectangle {box} is not in `{tracked.entry.name}`, of shape {tracked.entry.shape}")
+            if source.shape == (row1 - row0, col1 - col0) and self.arrivals.take(tracked, expert or 0, box, source):
+                return
+        view = whole if expert is None else whole[expert]
+        if box is not None:
+            view = view[row0:row1, col0:col1]
+        if view.shape != source.shape:
+            place = f"{tuple(view.shape)} of `{tracked.entry.name}`"
+            raise LoadError(f"a shard for {place} must be of that shape, got {tuple(source.shape)}")
+        self.copy(view, source)
 
     def take_codes(self, t: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> bool:
         """Codes and scales for a view of a weight, as they are. Returns False, and has done nothing, where the weight
@@ -189,11 +154,12 @@ class Writes:
             if not exact or not fits or any(unit.coverage.overlap_box(box) for unit in units):
                 return False
             self.staging.in_use = units
-            self._hands.let_go(units)
+            self._hands.let_go(self._hands.mine(), units)
             tracked.allocate()
             codes, scales = tracked.result_of(target.first, len(units), box)
-            codes.copy_(q.reshape(codes.shape))
-            scales.copy_(scale.reshape(()).expand(scales.shape) if scale.numel() == 1 else scale.reshape(scales.shape))
+            bring = self.staging.sources.bring
+            bring(codes, q.reshape(codes.shape))
+            bring(scales, scale.reshape(()).expand(scales.shape) if scale.numel() == 1 else scale.reshape(scales.shape))
             for unit in units:
                 unit.coverage.add_box(box)
                 unit.add_streamed(box)
@@ -254,7 +220,7 @@ class Writes:
         with self._lock:
             self.staging.follow()
             self.staging.in_use = ()
-            self._hands.let_go()
+            self._hands.let_go(self._hands.mine())
 
     def flush(self):
         """Finish every unit that is complete."""
@@ -277,7 +243,7 @@ class Writes:
         if not written:
             self._settle(targets)
             buffers = [self._readable(t) for t in targets]
-            result = call(func, info, args, kwargs, targets, buffers, self.device)
+            result = call(func, info, args, kwargs, targets, buffers, self.staging)
             self._release(targets, buffers)
             return result
         refuse(info, args, kwargs, targets)
@@ -298,10 +264,10 @@ class Writes:
             return self._verify(func, info, args, kwargs, targets)
         if quantized:  # what this op reads is let go after it
             self._settle(targets)
-            self._hands.let_go([*units, *also])
+            self._hands.let_go(self._hands.mine(), [*units, *also])
         before = [self._before(t, info, args, kwargs) for t in written]
         buffers = [self._writable(t, info, args, kwargs, targets) if t.written else self._readable(t) for t in targets]
-        result = call(func, info, args, kwargs, targets, buffers, self.device)
+        result = call(func, info, args, kwargs, targets, buffers, self.staging)
         for target, seen in zip(written, before, strict=True):
             if seen is not None:
                 seen.append(str(target))
@@ -351,14 +317,14 @@ class Writes:
                 return False
         elif tracked.whole_groups(box) is None:
             return False
-        self._hands.let_go([*units, *also])
+        self._hands.let_go(self._hands.mine(), [*units, *also])
         buffer = self._arrive(func, info, args, kwargs, target, box, strides)
         self._count(target, info, args)
         if overlap:
             self._replace(target, units[0], box, buffer)
             self.staging.release(buffer)
         else:
-            self._hands.hold(Shard(tracked, target.first, units, box, buffer))
+            self._hands.hold(self._hands.mine(), Shard(tracked, target.first, units, box, buffer))
         return True
 
     def _arrive(self, func, info, args, kwargs, target, box, strides):
@@ -366,8 +332,9 @@ class Writes:
         dtype = target.units[0].dtype_for(source_dtype(target, info, args, [target]))
         buffer = self.staging.empty((len(target.units), box[1] - box[0], box[3] - box[2]), dtype)
         try:
+            into = buffer.as_strided(target.sizes, strides, buffer.storage_offset())
             with named(func, [target]):
-                func(buffer.as_strided(target.sizes, strides, buffer.storage_offset()), *args[1:], **kwargs)
+                write(func, info, into, args, kwargs, self.staging)
         except BaseException:
             self.staging.release(buffer)
             raise
@@ -549,7 +516,7 @@ class Writes:
         if len(written) > 1 or len(target.units) > 1 or not info.replaces(args, kwargs):
             raise LoadError(f"{target} is quantized already; {info.name} cannot change it")
         (unit,) = target.units
-        self._hands.let_go([unit])
+        self._hands.let_go(self._hands.mine(), [unit])
         rectangle = target.rectangle() if info.name in _COPIES and target.in_elements and len(targets) == 1 else None
         if rectangle is not None:
             box, strides = rectangle
@@ -558,7 +525,7 @@ class Writes:
         else:
             values = self.staging.empty(unit.shape, unit.dtype_for(source_dtype(target, info, args, targets)))
             buffers = [values if t is target else self._readable(t) for t in targets]
-            result = call(func, info, args, kwargs, targets, buffers, self.device)
+            result = call(func, info, args, kwargs, targets, buffers, self.staging)
             self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
             mask = self._written_mask(target, info, args)[0]
             same = unit.same_codes(values, (0, unit.shape[0], 0, unit.shape[1]), mask)

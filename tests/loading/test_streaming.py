@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from fp8_kernels.errors import ConflictingShardError, LoadError
-from fp8_kernels.loading import LayerwiseLoader, hands, staging, writes
+from fp8_kernels.loading import LayerwiseLoader, arrivals, hands, staging
 
 from .helpers import SCHEMES, Model, assert_quantized, load, values
 
@@ -54,7 +54,7 @@ def counted_launches():
 @pytest.fixture
 def no_whole_units(monkeypatch):
     """Shards of a small unit do not wait for each other."""
-    monkeypatch.setattr("fp8_kernels.loading.writes.WHOLE_BYTES", 0)
+    monkeypatch.setattr("fp8_kernels.loading.arrivals.WHOLE_BYTES", 0)
 
 
 @settings(deadline=None, max_examples=150)
@@ -63,7 +63,7 @@ def no_whole_units(monkeypatch):
     st.sampled_from(SCHEMES),
     st.sampled_from([None, 0, 40_000]),
     st.booleans(),
-    st.sampled_from([0, 20_000, writes.WHOLE_BYTES]),
+    st.sampled_from([0, 20_000, arrivals.WHOLE_BYTES]),
     st.integers(0, 99),
 )
 def test_any_order_any_split_any_budget(shards, scheme, budget, stream, whole_bytes, seed):
@@ -72,7 +72,7 @@ def test_any_order_any_split_any_budget(shards, scheme, budget, stream, whole_by
     shape, boxes = shards
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writes, "WHOLE_BYTES", whole_bytes)
+        patch.setattr(arrivals, "WHOLE_BYTES", whole_bytes)
         _load_and_compare(shape, boxes, scheme, budget, stream, seed)
 
 

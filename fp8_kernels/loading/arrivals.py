@@ -1,0 +1,137 @@
+"""Shards in the usual case: whole elements of one unit, row by row, written for the first time.
+
+`Writes.run` does the same for any op; this is what a shard costs where there are thousands of them.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from ..ops import WEIGHT_DTYPES
+from .coverage import Box
+from .hands import Hand, Hands
+from .report import Report
+from .staging import Shard, Staging, Tracked, Unit
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+WHOLE_BYTES = 32 << 20  # of units whose shards are quantized together if they arrive one after the other
+
+
+class Arrivals:
+    """Takes shards.
+
+    Args:
+        staging: where they wait.
+        hands: what threads hold open of them.
+        report: counts them.
+        lock: held while one is taken.
+    """
+
+    def __init__(self, staging: Staging, hands: Hands, report: Report, lock: threading.RLock):
+        self._staging, self._hands, self._report, self._lock = staging, hands, report, lock
+
+    def take(self, tracked: Tracked, number: int, box: Box, source: torch.Tensor, non_blocking: bool = False) -> bool:
+        """Copy a shard into a rectangle of a unit. Returns False, and has done nothing, where that is not the usual
+        case.
+
+        Args:
+            number: of the unit.
+            source: `[rows, columns]`, the shape of `box`.
+        """
+        dtype = source.dtype
+        if (
+            not tracked.usual
+            or dtype not in WEIGHT_DTYPES
+            or type(source) not in _PLAIN
+            or source.layout is not torch.strided
+            or source.is_meta
+            or (source.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+        row0, row1, col0, col1 = box
+        num_rows, num_cols = tracked.unit_shape
+        if not (row0 < row1 <= num_rows and col0 < col1 <= num_cols):
+            return False
+        unit, staging, hands = tracked.units[number], self._staging, self._hands
+        with self._lock:
+            if unit.final or unit.coverage.overlap_box(box):
+                return False
+            staging.follow()
+            staging.in_use = (unit,)
+            hand = hands.mine()
+            if dtype is not unit.dtype:
+                dtype = unit.dtype_for(dtype)
+            shard = hand.shard
+            if shard is not None and shard.units[0] is unit:
+                together = shard.with_next(box, dtype)
+                if together is not None:
+                    self._bring(_part(shard.buffer, num_cols, box), source, non_blocking)
+                    shard.box = together
+                    self._count(unit, box, source)
+                    return True
+            if tracked.streams and tracked.whole_groups(box) is not None:
+                self._stream(hand, tracked, unit, box, source, dtype, non_blocking)
+            else:
+                self._stage(hand, unit, box, source, dtype, non_blocking)
+        return True
+
+    def _stream(self, hand: Hand, tracked, unit: Unit, box, source, dtype, non_blocking):
+        """Hold the shard open, in a buffer of its own."""
+        staging, shape = self._staging, tracked.unit_shape
+        # A small unit that is filled from its start is quantized in one launch.
+        whole = unit.coverage.empty and tracked.unit_numel * dtype.itemsize <= WHOLE_BYTES
+        room = (0, shape[0], 0, shape[1]) if whole else box
+        size = (1, room[1] - room[0], room[3] - room[2])
+        units = staging.in_use
+        # What is let go is quantized after this copy where there is room for both: a copy from the host waits for what
+        # was enqueued before it, and that would be a kernel, instead of running beside the next shard's way.
+        let_go_first = not staging.has_room(size, dtype)
+        if let_go_first:
+            self._hands.let_go(hand, units)
+        buffer = staging.empty(size, dtype)
+        try:
+            self._bring(_part(buffer, shape[1], box) if room != box else buffer[0], source, non_blocking)
+        except BaseException:
+            staging.release(buffer)
+            raise
+        if not let_go_first:
+            self._hands.let_go(hand, units)
+        hand.shard = shard = Shard(tracked, unit.number, units, box, buffer, room)
+        unit.shards.append(shard)
+        self._count(unit, box, source)
+
+    def _stage(self, hand: Hand, unit: Unit, box, source, dtype, non_blocking):
+        """Let the shard wait in the buffer of its unit."""
+        staging = self._staging
+        units = staging.in_use
+        let_go_first = unit.buffer is None and not staging.has_room(unit.shape, dtype)
+        if let_go_first:
+            self._hands.let_go(hand, units)
+        self._bring(_part(unit.open(dtype), unit.shape[1], box), source, non_blocking)
+        self._count(unit, box, source)
+        unit.read_since_write = False
+        if not let_go_first:
+            self._hands.let_go(hand, units)
+        if unit.coverage.complete and unit not in hand.units:
+            hand.units.append(unit)
+
+    def _bring(self, destination, source, non_blocking):
+        if source.is_cuda:
+            destination.copy_(source, non_blocking)
+        else:
+            self._staging.sources.bring(destination, source)
+
+    def _count(self, unit, box, source):
+        unit.coverage.add_box(box)
+        report = self._report
+        report.shards += 1
+        report.bytes_in += source.nbytes
+
+
+def _part(buffer, num_cols, box):
+    """A rectangle of a contiguous buffer of a unit."""
+    row0, row1, col0, col1 = box
+    start = buffer.storage_offset() + row0 * num_cols + col0
+    return buffer.as_strided((row1 - row0, col1 - col0), (num_cols, 1), start)
