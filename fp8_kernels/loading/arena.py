@@ -79,6 +79,10 @@ class Staging:
             buffer = self._arena.take(shape, dtype)
         return buffer
 
+    def spare(self, shape, dtype: torch.dtype) -> torch.Tensor | None:
+        """A buffer out of memory that it has already; None where it has no room there."""
+        return self._arena.take(shape, dtype, may_grow=False)
+
     def has_room(self, shape, dtype: torch.dtype) -> bool:
         """Can it give such a buffer out of memory that it has already?"""
         return self._arena.has_room(shape, dtype)
@@ -118,11 +122,13 @@ class Staging:
                     stream.wait_stream(self._stream)
                 self._stream = stream
 
+    def is_current(self) -> bool:
+        """Is the device the thread's current one?"""
+        return not self._is_cuda or torch._C._cuda_getDevice() == self.device.index
+
     def on_device(self) -> contextlib.AbstractContextManager:
         """Kernels launched inside go to the device, whatever the thread's current one is."""
-        if self._is_cuda and torch._C._cuda_getDevice() != self.device.index:
-            return torch.cuda.device(self.device)
-        return _NOTHING
+        return _NOTHING if self.is_current() else torch.cuda.device(self.device)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -151,10 +157,11 @@ class Arena:
         self._last: torch.Tensor | None = None  # given back last: the next one is often like it
         self._out: dict[int, tuple[_Slab | None, int, int, int]] = {}  # address -> slab, start, end, bytes
 
-    def take(self, shape, dtype: torch.dtype, beyond_limit: bool = False) -> torch.Tensor | None:
+    def take(self, shape, dtype: torch.dtype, beyond_limit: bool = False, may_grow: bool = True) -> torch.Tensor | None:
         """An uninitialised contiguous buffer; None if the limit leaves no room.
 
         Args:
+            may_grow: allocate another slab where those that there are have no room.
             beyond_limit: allocate one apart where the limit leaves no room.
         """
         last = self._last
@@ -173,7 +180,7 @@ class Arena:
             if start is not None:
                 break
         else:
-            slab, start = self._grow(size), 0
+            slab, start = self._grow(size) if may_grow else None, 0
             if slab is None and not beyond_limit:
                 return None
         if slab is None:

@@ -72,25 +72,26 @@ class Arrivals:
                     self._count(unit, box, source)
                     return True
             if tracked.streams and tracked.whole_groups(box) is not None:
-                self._stream(hand, tracked, unit, box, source, dtype, non_blocking)
+                # A small unit that is filled from its start is quantized in one launch.
+                starts = unit.coverage.empty and tracked.unit_numel * dtype.itemsize <= WHOLE_BYTES
+                room = tracked.unit_box if starts else box
+                self._stream(hand, tracked, unit, box, room, source, dtype, non_blocking)
             else:
                 self._stage(hand, unit, box, source, dtype, non_blocking)
         return True
 
-    def _stream(self, hand: Hand, tracked, unit: Unit, box, source, dtype, non_blocking):
-        """Hold the shard open, in a buffer of its own."""
+    def _stream(self, hand: Hand, tracked, unit: Unit, box, room, source, dtype, non_blocking):
+        """Hold the shard open, in a buffer of its own, which has place for all of `room`."""
         staging, shape = self._staging, tracked.unit_shape
-        # A small unit that is filled from its start is quantized in one launch.
-        whole = unit.coverage.empty and tracked.unit_numel * dtype.itemsize <= WHOLE_BYTES
-        room = (0, shape[0], 0, shape[1]) if whole else box
         size = (1, room[1] - room[0], room[3] - room[2])
         units = staging.in_use
         # What is let go is quantized after this copy where there is room for both: a copy from the host waits for what
         # was enqueued before it, and that would be a kernel, instead of running beside the next shard's way.
-        let_go_first = not staging.has_room(size, dtype)
+        buffer = staging.spare(size, dtype)
+        let_go_first = buffer is None
         if let_go_first:
             self._hands.let_go(hand, units)
-        buffer = staging.empty(size, dtype)
+            buffer = staging.empty(size, dtype)
         try:
             self._bring(_part(buffer, shape[1], box) if room != box else buffer[0], source, non_blocking)
         except BaseException:

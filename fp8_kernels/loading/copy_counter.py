@@ -122,67 +122,60 @@ class _KeepReal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func)
-        if handler is None:
-            return func(*args, **kwargs) if kwargs else func(*args)
         if handler is _ITEM:
-            handler = _VIEW if _is_view(args[1]) else _with_real_index
-        if handler is not _VIEW:
-            return handler(self._writes, func, args, kwargs or {})
-        # A view reads and writes nothing, so `CopyCounter` need not see it, which takes most of a view's time.
-        if not _is_alone(args[0]):
+            handler = _VIEW if type(args[1]) is int or _is_view(args[1]) else _with_real_index
+        if handler is _VIEW and _num_modes() == 1 and type(args[0]).__torch_dispatch__ is _NO_DISPATCH:
+            # A view reads and writes nothing, so `CopyCounter` need not see it, which takes most of a view's time.
+            guard = None
+            try:
+                guard = _BelowDispatch()
+                return func(*args, **kwargs) if kwargs else func(*args)
+            finally:
+                del guard
+        if handler is None or handler is _VIEW:
             return func(*args, **kwargs) if kwargs else func(*args)
-        _exclude(_PYTHON, True)
-        _exclude(_SNAPSHOT, True)
-        try:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        finally:
-            _exclude(_PYTHON, False)
-            _exclude(_SNAPSHOT, False)
+        return handler(self._writes, func, args, kwargs or {})
 
 
 class BelowModes:
     """Inside, no mode and no function of a class of its own sees what torch does, on this thread."""
 
     def __enter__(self):
-        self._guards = torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()
+        self._guards = torch._C.DisableTorchFunction(), _BelowDispatch()
 
     def __exit__(self, *exc):
         del self._guards
 
 
-def _is_alone(t):
-    """Are ops on the tensor seen by nothing but `CopyCounter`: no other mode, no class of its own?"""
-    return _num_modes() == 1 and type(t).__torch_dispatch__ is _NO_DISPATCH and not _is_excluded(_PYTHON)
-
-
 def _is_view(index):
     """Has it only numbers and slices?"""
-    if type(index) is int:
-        return True
     return type(index) in _SIMPLE or (type(index) is tuple and all(type(i) in _SIMPLE for i in index))
 
 
 _SIMPLE = {int, slice, type(None), type(...)}
-_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _num_modes = torch._C._len_torch_dispatch_stack
-_PYTHON, _SNAPSHOT = torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot
+_BelowDispatch = torch._C._DisableTorchDispatch
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
 def _copy(writes, func, args, kwargs):
-    """A shard of a weight, in the usual case."""
-    usual = len(args) == 2 and isinstance(args[1], torch.Tensor) and (not kwargs or list(kwargs) == ["non_blocking"])
-    if not usual or not _is_alone(args[0]):
-        return func(*args, **kwargs) if kwargs else func(*args)
-    _exclude(_PYTHON, True)
-    _exclude(_SNAPSHOT, True)
-    try:
-        taken = writes.take(*args, **kwargs)
-    finally:
-        _exclude(_PYTHON, False)
-        _exclude(_SNAPSHOT, False)
-    return args[0] if taken else func(*args, **kwargs)
+    """A shard of a weight, in the usual case; seen by nothing but `CopyCounter`: no other mode, no class of its own."""
+    destination = args[0]
+    if (
+        len(args) == 2
+        and isinstance(args[1], torch.Tensor)
+        and (not kwargs or list(kwargs) == ["non_blocking"])
+        and _num_modes() == 1
+        and type(destination).__torch_dispatch__ is _NO_DISPATCH
+    ):
+        guard = None
+        try:
+            guard = _BelowDispatch()
+            if writes.take(destination, args[1], **kwargs):
+                return destination
+        finally:
+            del guard
+    return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _with_real_index(writes, func, args, kwargs):

@@ -33,10 +33,10 @@ class Hands:
         report: counts what happens.
         on_unit: called with (unit, q, scale) after each unit.
         on_final: called with each `Tracked` when its last unit is final.
-        progress: called with (unit) after each unit.
+        progress: called with (unit) after each unit, or None.
     """
 
-    def __init__(self, report: Report, on_unit, on_final: Callable, progress: Callable):
+    def __init__(self, report: Report, on_unit, on_final: Callable, progress: Callable | None):
         self._report, self._phases = report, report.seconds_by_phase
         self._phases["quantize"] = 0.0
         self._on_unit, self._on_final, self._progress = on_unit, on_final, progress
@@ -66,8 +66,12 @@ class Hands:
 
     def let_go(self, hand: Hand, turning_to: Iterable[Unit] = ()):
         """The thread turns to these units: what else it held open is quantized."""
-        if hand.shard is not None:
-            self._place(hand)
+        shard = hand.shard
+        if shard is not None:
+            if shard.is_whole and shard.units[0] not in turning_to:
+                self._finish_whole(hand)
+            else:
+                self._place(hand)
         if hand.units:
             # Where nothing streams, a whole tensor of experts may be read back.
             stays = {unit.tracked for unit in turning_to if not unit.tracked.streams}
@@ -111,19 +115,37 @@ class Hands:
             return
         started = time.perf_counter()
         unit.finalize(amax)
+        self._tell(unit, started)
+
+    def _finish_whole(self, hand):
+        """Quantize a held shard that is the whole of its one unit, in one launch."""
+        shard, hand.shard = hand.shard, None
+        started, unit = time.perf_counter(), shard.units[0]
+        unit.shards.clear()
+        if unit.buffer is not None:  # it was read, or zeroed, before anything arrived
+            unit.close()
+        shard.tracked.quantize_unit(shard.first, shard.buffer)
+        shard.tracked.staging.release(shard.buffer)
+        unit.finished()
+        self._tell(unit, started)
+
+    def _tell(self, unit, started):
+        """A unit is quantized."""
         self._report.quantized_units += 1
         self._phases["quantize"] += time.perf_counter() - started
         if self._on_unit is not None:
             self._on_unit(unit, *unit.result())
-        self._progress(unit)
+        if self._progress is not None:
+            self._progress(unit)
         if unit.tracked.final:
             self._on_final(unit.tracked)
 
     def pass_through(self, unit: Unit):
         """A tensor that stays as it is has arrived."""
         unit.final = True
-        unit.tracked.num_open -= 1
-        self._progress(unit)
+        unit.tracked.finished_unit()
+        if self._progress is not None:
+            self._progress(unit)
         self._on_final(unit.tracked)
 
     def _place(self, hand):

@@ -70,7 +70,8 @@ class Session:
         self._started = time.perf_counter()
         self._bytes_done = 0
         self._exits = contextlib.ExitStack()
-        self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, self._advance)
+        advance = None if hooks.progress is None else self._advance
+        self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, advance)
         self.tracked: list[Tracked] = []
         self._at: dict[tuple[int, str], Tracked] = {}  # (module, leaf) -> what is registered there
         self._named: dict[str, Tracked] = {}
@@ -211,10 +212,9 @@ class Session:
         self.report.quantized_tensors += 1
 
     def _advance(self, unit: Unit):
-        if self._hooks.progress is not None:
-            entry = unit.tracked.entry
-            self._bytes_done += entry.bytes_in // len(unit.tracked.units)
-            self._hooks.progress(self._bytes_done, self.plan.bytes_in, str(unit))
+        entry = unit.tracked.entry
+        self._bytes_done += entry.bytes_in // len(unit.tracked.units)
+        self._hooks.progress(self._bytes_done, self.plan.bytes_in, str(unit))
 
     def _on_device(self, hook):
         """The hook, called with the load's device as the current one, on whichever thread."""

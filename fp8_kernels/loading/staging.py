@@ -50,6 +50,11 @@ class Shard:
         self.room = room or box
 
     @property
+    def is_whole(self) -> bool:
+        """Is it all of one unit?"""
+        return len(self.units) == 1 and self.box == self.tracked.unit_box
+
+    @property
     def values(self) -> torch.Tensor:
         """What has arrived, `[count, rows, columns]`."""
         if self.room == self.box:
@@ -214,8 +219,7 @@ class Unit:
         if self.streamed is None:
             self.open()
             self._zero_padding()
-            with self._staging.on_device():
-                quantize_to(self.buffer, self.scheme, *self.result(), amax)
+            self.tracked.quantize_unit(self.number, self.buffer[None], amax)
         elif not self.streamed.complete:
             for row0, row1, col0, col1 in self.streamed.missing():
                 values = self.open()[None, row0:row1, col0:col1]
@@ -237,8 +241,8 @@ class Unit:
     def finished(self):
         """Nothing of it waits any more."""
         self.final = True
-        self.tracked.num_open -= 1
         self.coverage = self.streamed = None
+        self.tracked.finished_unit()
 
     def same_codes(self, values: torch.Tensor, box: Box, mask: torch.Tensor | None = None) -> bool:
         """Are these values, cast with the stored scales, the stored codes?
@@ -307,6 +311,7 @@ class Tracked:
         installed: the model already holds the result.
         group: (rows, columns) that share a scale.
         usual: shards may come by `Arrivals`.
+        unit_box: all of a unit.
         row_strides: of a view of whole rows, or of columns of them.
         streams: groups are quantized as soon as they are whole; else nothing is before its unit is.
         num_open: how many of its units are not final.
@@ -318,7 +323,7 @@ class Tracked:
         self.entry, self.staging = entry, staging
         self.q: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
-        self._layout_of_q = self._layout_of_scale = None
+        self._layout_of_q = self._layout_of_scale = self._results = None
         self.installed = False
         first = entry.tensors[0]
         self.handle = first.detach()
@@ -331,6 +336,7 @@ class Tracked:
         if entry.scheme:
             block = entry.scheme.block
             self.group = tuple(n if b == WHOLE else b for n, b in zip(self.unit_shape, block, strict=True))
+        self.unit_box = (0, self.unit_shape[0], 0, self.unit_shape[1])
         self.row_strides = (self.unit_shape[1], 1)
         self.usual = bool(entry.scheme and entry.dtype in WEIGHT_DTYPES and self.unit_numel)
         # Padding has to be in the groups that it shares a scale with.
@@ -346,6 +352,12 @@ class Tracked:
     def final(self) -> bool:
         """Are all units final?"""
         return not self.num_open
+
+    def finished_unit(self):
+        """One more of its units is final."""
+        self.num_open -= 1
+        if not self.num_open:
+            self._results = None
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -375,6 +387,31 @@ class Tracked:
         with self.staging.on_device():
             quantize_to(values, self.entry.scheme, *self.result_of(first, count, whole))
         return whole
+
+    def quantize_unit(self, number: int, values: torch.Tensor, amax: torch.Tensor | None = None):
+        """Quantize a whole unit in one launch.
+
+        Args:
+            values: `[1, N, K]`.
+            amax: of its groups, of the shape of its scales, to use instead of its own.
+        """
+        if self._results is None:
+            self._split_results()
+        q, scale = self._results[number]
+        if amax is not None:
+            amax = amax.view(scale.shape)
+        if self.staging.is_current():  # a context, even one of nothing, costs as much as a view
+            quantize_to(values, self.entry.scheme, q, scale, amax)
+        else:
+            with self.staging.on_device():
+                quantize_to(values, self.entry.scheme, q, scale, amax)
+
+    def _split_results(self):
+        """Codes and scales by unit: views that are made at once cost a fraction of those made one by one."""
+        self.allocate()
+        is_one = len(self.entry.shape) == 2
+        q, scale = (self.q[None], self.scale[None]) if is_one else (self.q, self.scale)
+        self._results = list(zip(q.split(1), scale.split(1), strict=True))
 
     def result_of(self, first: int, count: int, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[count, rows, columns]` and scales of one rectangle of whole groups of neighbouring units."""

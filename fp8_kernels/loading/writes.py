@@ -29,10 +29,10 @@ class Writes:
         report: counts what happens.
         on_unit: called with (unit, q, scale) after each unit.
         on_final: called with each `Tracked` when its last unit is final.
-        progress: called with (unit) after each unit.
+        progress: called with (unit) after each unit, or None.
     """
 
-    def __init__(self, staging: Staging, report: Report, on_unit, on_final: Callable, progress: Callable):
+    def __init__(self, staging: Staging, report: Report, on_unit, on_final: Callable, progress: Callable | None):
         self.staging = staging
         self.device = staging.device
         self.report = report
