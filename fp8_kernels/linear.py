@@ -32,6 +32,8 @@ def fp8_linear(x, weight, weight_scale, bias, scheme, activation, is_transposed=
         return dequantized_linear(x, weight, weight_scale, bias, scheme, is_transposed)
     codes, scale = quantize(x.reshape(-1, x.shape[-1]), "per_channel")
     if codes.numel() and not is_transposed and scaled_mm_takes(weight, scheme):
+        if scheme.segments:
+            weight_scale = torch.cat([s.expand(n) for s, n in zip(weight_scale, scheme.segments, strict=True)])
         y = scaled_mm_linear(codes, scale, weight, weight_scale, bias, x.dtype)
     else:
         rounded = dequantize(codes, scale, x.dtype)
@@ -50,7 +52,7 @@ def scaled_mm_linear(codes, scale, weight, weight_scale, bias, dtype):
 
     Args:
         codes, scale: FP8 `[M, K]` and fp32 `[M, 1]`: activations, quantized per token.
-        weight, weight_scale: FP8 `[N, K]` and fp32 `[]` or `[N, 1]`.
+        weight, weight_scale: FP8 `[N, K]` and fp32 `[]`, `[N]` or `[N, 1]`.
         bias: `[N]` or None.
         dtype: of the result `[M, N]`.
     """

@@ -167,6 +167,8 @@ class Fp8Experts(Fp8Module):
         self.act_fn, self.apply_gate = act_fn, apply_gate
         self.has_gate, self.is_transposed = has_gate, is_transposed
         self.scheme, self.activation = as_scheme(scheme), _checked_activation(activation)
+        if self.scheme.segments:
+            raise ValueError(f"experts must have one scheme for all their weights, got {scheme_name(self.scheme)}")
         self.first = "gate_up_proj" if has_gate else "up_proj"
         width = 2 * intermediate_dim if has_gate else intermediate_dim
         for name, out_dim, in_dim in ((self.first, width, hidden_dim), ("down_proj", hidden_dim, intermediate_dim)):

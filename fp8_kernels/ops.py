@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, reference
-from .schemes import Scheme, as_scheme, dtype_name, with_numerics
+from .schemes import Scheme, as_scheme, by_segment, dtype_name, with_numerics
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = tuple(reference.FP8_MAX)
@@ -54,6 +54,8 @@ def quantize(
         RuntimeError: `backend` is not available for this tensor.
     """
     scheme = as_scheme(scheme) if numerics is None else with_numerics(scheme, numerics)
+    if scheme.segments:
+        return _quantize_segments(w, scheme, dtype, out, amax, backend)
     # The CUDA op itself refuses all that the checks refuse, before it writes anything. So a call that it takes is
     # spared them, and one that it refuses gets their words.
     direct = backend is None and _is_direct(w, scheme, out)
@@ -73,8 +75,27 @@ def quantize(
     return q, _typed(scale, scheme)
 
 
+def _quantize_segments(w, scheme, dtype, out, amax, backend):
+    """Each segment as a weight of its own; all in one call of the op, unless their maxima are given."""
+    _check_quantize(w, scheme, dtype, out, amax)
+    if out is None:
+        q, scale = _empty_outputs(w, scheme, dtype)
+        out = q, _typed(scale, scheme)
+    q, scale = out
+    parts, one = list(by_segment(scheme, w, q, scale, amax)), scheme.of_segment()
+    if amax is None and w.ndim <= 3:
+        quantize_many([p[0] for p in parts], one, out=[(p[1], p[2]) for p in parts], backend=backend)
+    else:
+        for w_, q_, scale_, amax_ in parts:
+            quantize(w_, one, out=(q_, scale_), amax=amax_, backend=backend)
+    return out
+
+
 def quantize_into(w: torch.Tensor, scheme: Scheme, q: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor | None):
     """`quantize` with outputs that are known to fit: two or three dimensions, the default backend, no checks."""
+    if scheme.segments:
+        _quantize_segments(w, scheme, q.dtype, (q, scale), amax, None)
+        return
     _quantize_out(w, amax, q, _as_bytes(scale), *scheme.quantize_args)
 
 
@@ -110,6 +131,10 @@ def amax(
             raise ValueError("`accumulate=True` must come with `out`, which holds the maximum so far")
         out = torch.empty(shape, dtype=torch.float32, device=w.device)
     _check_tensor("out", out, shape, (torch.float32,), w.device)
+    if scheme.segments:
+        for w_, out_ in by_segment(scheme, w, out):
+            amax(w_, scheme.of_segment(), out=out_, accumulate=accumulate, backend=backend)
+        return out
     op = backends.op("amax_out", backend, w.device)
     for w_, out_ in _batches(w.ndim - 3, w, out):
         op(w_, out_, *scheme.block, accumulate)
@@ -141,6 +166,10 @@ def quantize_many(
     scheme = as_scheme(scheme) if numerics is None else with_numerics(scheme, numerics)
     weights = list(weights)
     given = [None] * len(weights) if out is None else list(out)
+    if scheme.segments:
+        return [
+            quantize(w, scheme, dtype=dtype, out=pair, backend=backend) for w, pair in zip(weights, given, strict=True)
+        ]
     if len(given) != len(weights):
         raise ValueError(f"`out` must have the length of `weights`, {len(weights)}, got {len(given)}")
     for i, (w, pair) in enumerate(zip(weights, given, strict=True)):
@@ -187,6 +216,10 @@ def copy_amax(
     _check_weight("w", w)
     _check_tensor("out", out, w.shape, (w.dtype,), w.device)
     _check_tensor("amax", amax, scheme.scale_shape(w.shape), (torch.float32,), w.device)
+    if scheme.segments:
+        for w_, out_, amax_ in by_segment(scheme, w, out, amax):
+            copy_amax(w_, out_, amax_, scheme.of_segment(), backend=backend)
+        return out
     op = backends.op("copy_amax_out", backend, w.device)
     for w_, out_, amax_ in _batches(w.ndim - 3, w, out, amax):
         op(w_, out_, amax_, *scheme.block)
@@ -209,7 +242,7 @@ def dequantize(
         scale: as `quantize` returned it.
         dtype: of the result: bf16, fp16 or fp32.
         scheme: what one scale covers. Without it the shapes must tell: per_tensor and per_channel always
-            do; blocks and groups only where `N` and `K` are multiples of the scales' extents.
+            do; blocks and groups only where `N` and `K` are multiples of the scales' extents; segments never.
         out: `[..., N, K]` to write into; its dtype then wins over `dtype`.
         backend: as for `quantize`.
 
@@ -230,6 +263,10 @@ def dequantize(
         _check_dtype("dtype", dtype, WEIGHT_DTYPES)
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
     _check_tensor("out", out, q.shape, WEIGHT_DTYPES, q.device)
+    if scheme is not None and scheme.segments:
+        for q_, scale_, out_ in by_segment(scheme, q, scale, out):
+            dequantize(q_, scale_, scheme=scheme.of_segment(), out=out_, backend=backend)
+        return out
     op = backends.op("dequantize_out", backend, q.device)
     for q_, scale_, out_ in _batches(q.ndim - 3, q, _as_bytes(scale), out):
         op(q_, scale_, out_, *block)

@@ -2,13 +2,15 @@
 
 A *group* is the set of weight elements that share a scale. Every scheme here makes it a rectangle of the
 `[N, K]` weight, `block_n` rows by `block_k` columns, with `WHOLE` standing for the full extent of a
-dimension. Kernels know only that rectangle, so a new scheme is a new class here and nothing else.
+dimension. Kernels know only that rectangle, so a new scheme is a new class here and nothing else. Segments of rows
+that have a scale each (`PerTensor(segments=...)`) are weights of their own to them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -49,6 +51,8 @@ class Scheme:
         # The last arguments of the registered quantize ops; an attribute, since a property is computed in every call.
         object.__setattr__(self, "quantize_args", (*self.block, self.pow2, NUMERICS.index(self.numerics)))
 
+    segments = ()
+
     @property
     def block(self) -> tuple[int, int]:
         """(rows, columns) that share a scale; `WHOLE` is the full extent."""
@@ -64,11 +68,44 @@ class Scheme:
 
 @dataclass(frozen=True)
 class PerTensor(Scheme):
-    """One scale a weight, or one an expert: scale `[...]` for `[..., N, K]`."""
+    """One scale a weight, or one an expert: scale `[...]` for `[..., N, K]`.
+
+    Args:
+        segments: of a fused weight (q, k and v; gate and up), the rows of each part, from the top, `N` in all: each
+            part has a scale of its own, scale `[..., len(segments)]`.
+    """
+
+    segments: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "segments", tuple(self.segments))
+        if any(not isinstance(rows, int) or rows < 0 for rows in self.segments):
+            raise ValueError(f"`segments` must be numbers of rows, got {self.segments}")
 
     @property
     def block(self):
         return WHOLE, WHOLE
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The rows at which segments begin and end."""
+        return (0, *accumulate(self.segments))
+
+    def part(self, first: int, last: int) -> PerTensor:
+        """The scheme of the segments [first, last) alone."""
+        return replace(self, segments=self.segments[first:last])
+
+    def of_segment(self) -> PerTensor:
+        """The scheme of one segment as a weight of its own."""
+        return replace(self, segments=())
+
+    def scale_shape(self, shape):
+        if not self.segments:
+            return super().scale_shape(shape)
+        if sum(self.segments) != shape[-2]:
+            raise ValueError(f"`segments` must be {shape[-2]} rows in all, got {self.segments}")
+        return (*shape[:-2], len(self.segments))
 
 
 @dataclass(frozen=True)
@@ -151,6 +188,8 @@ def with_numerics(scheme: str | Scheme, numerics: str) -> Scheme:
 
 def scheme_name(scheme: Scheme) -> str:
     """The shortest name users know it by; its repr where it has none."""
+    if scheme.segments:
+        return f"{scheme_name(scheme.of_segment())} of {' + '.join(map(str, scheme.segments))} rows"
     return next((name for name, known in SCHEMES.items() if known == scheme), repr(scheme))
 
 
@@ -162,6 +201,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 def grid(num_rows: int, num_cols: int, block_n: int, block_k: int) -> tuple[int, int]:
     """How many groups a weight has along its rows and its columns."""
     return _num_blocks(num_rows, block_n), _num_blocks(num_cols, block_k)
+
+
+def by_segment(scheme: PerTensor, *tensors: torch.Tensor | None):
+    """For each segment, the rows of it of weights `[..., N, K]`, and its element of scales `[..., len(segments)]`.
+
+    Args:
+        tensors: weights, of N rows, and scales, which are told by having a dimension less; None stays None.
+    """
+    num_dims = max(t.ndim for t in tensors if t is not None)
+    for i, (start, end) in enumerate(pairwise(scheme.edges)):
+        yield [t if t is None else t[..., start:end, :] if t.ndim == num_dims else t[..., i] for t in tensors]
 
 
 def _num_blocks(size, block):

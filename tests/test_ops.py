@@ -115,6 +115,36 @@ def test_amax_accumulates_over_shards():
 MANY = [((7, 13), torch.bfloat16), ((3, 130, 257), torch.float32), ((0, 5), torch.float16), ((129, 576), torch.float16)]
 
 
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("shape", [(64, 40), (3, 64, 40), (2, 2, 64, 40)], ids=str)
+def test_segments_are_weights_of_their_own(shape, pow2):
+    """Every op on a weight with segments, one of them empty, gives what it gives on each segment alone; without the
+    scheme, scales of segments are refused."""
+    scale_dtype = torch.float8_e8m0fnu if pow2 else torch.float32
+    one = fk.PerTensor(pow2=pow2, scale_dtype=scale_dtype)
+    scheme = replace(one, segments=(33, 0, 30, 1))
+    w = torch.randn(shape) * torch.logspace(-2, 2, 64).view(-1, 1)
+    q, scale = fk.quantize(w, scheme)
+    amax = fk.amax(w, scheme)
+    high, copied, raised = fk.dequantize(q, scale, torch.float32, scheme), torch.empty_like(w), torch.zeros_like(amax)
+    fk.copy_amax(w, copied, raised, scheme)
+    assert scale.shape == amax.shape == (*shape[:-2], 4) and torch.equal(copied, w) and torch.equal(raised, amax)
+    for i, (start, end) in enumerate([(0, 33), (33, 33), (33, 63), (63, 64)]):
+        part = w[..., start:end, :]
+        alone_q, alone_scale = fk.quantize(part, one)
+        assert torch.equal(bits(q[..., start:end, :]), bits(alone_q)) and torch.equal(
+            bits(scale[..., i]), bits(alone_scale)
+        )
+        assert torch.equal(amax[..., i], fk.amax(part, one))
+        assert torch.equal(high[..., start:end, :], fk.dequantize(alone_q, alone_scale, torch.float32, one))
+    for again_q, again_scale in (fk.quantize(w, scheme, amax=amax), *fk.quantize_many([w] * (len(shape) < 4), scheme)):
+        assert torch.equal(bits(again_q), bits(q)) and torch.equal(bits(again_scale), bits(scale))
+    with pytest.raises(ValueError, match="`scheme` must be given"):
+        fk.dequantize(q, scale)
+    with pytest.raises(ValueError, match=r"`segments` must be 64 rows in all, got \(3,\)"):
+        fk.quantize(w, fk.PerTensor((3,)))
+
+
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
 def test_quantize_many_equals_quantize_of_each(scheme):
     """Into new tensors and into given ones, of which the rest is left alone."""

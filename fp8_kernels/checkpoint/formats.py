@@ -60,6 +60,11 @@ class Format:
                 f"`{name}` must be the weight of a module: format {self.name!r} has no name for its scales; "
                 f"keep it with ignore=[{name!r}]"
             )
+        if scheme.segments:
+            raise UnsupportedLayoutError(
+                f"`{name}` must have a scale of its own in format {self.name!r}, which stores q, k and v (gate and up) "
+                f"one by one, got {scheme_name(scheme)}"
+            )
         if len(shape) != 2:
             raise UnsupportedLayoutError(
                 f"`{name}` must be [N, K] in format {self.name!r}, whose engines read experts one by one, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch.distributed import ProcessGroup
@@ -30,6 +30,7 @@ _DEFAULT_RULES = {
     "dtype": torch.float8_e4m3fn,
     "optional": (),
     "logical_shapes": None,
+    "segments": None,
 }
 
 
@@ -48,8 +49,8 @@ class LayerwiseLoader:
     Args:
         model: its parameters that become FP8 on the meta device; others on meta (they become real on `device`
             when the context is entered) or real (used as they are).
-        scheme, ignore, include, schemes, dtype, optional, logical_shapes, stream: see `make_plan`; by default
-            `per_channel`.
+        scheme, ignore, include, schemes, dtype, optional, logical_shapes, stream, segments: see `make_plan`; by
+            default `per_channel`.
         device: where the FP8 model lives and is made; by default the current CUDA device, else the CPU.
         staging_budget: bytes of device memory that high-precision data may take; by default the larger of 256 MiB
             and two of the largest units. Units that are open beyond it wait on the host, in pinned memory.
@@ -95,6 +96,7 @@ class LayerwiseLoader:
         optional: Iterable[str] = (),
         logical_shapes: Mapping[str, tuple[int, ...]] | None = None,
         stream: bool | Mapping[str, bool] = True,
+        segments: Mapping[str, Sequence[int]] | None = None,
         staging_budget: int | None = None,
         on_unit: Callable[[Unit, torch.Tensor, torch.Tensor], None] | None = None,
         on_module: Callable[[torch.nn.Module], None] | None = None,
@@ -115,6 +117,7 @@ class LayerwiseLoader:
             "optional": tuple(optional),
             "logical_shapes": logical_shapes,
             "stream": stream,
+            "segments": segments,
         }
         if staging_budget is not None and staging_budget < 0:
             raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")

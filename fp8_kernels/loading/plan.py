@@ -7,13 +7,13 @@ Everything a checkpoint can hold is in the plan: parameters and persistent buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..errors import UnmatchedPatternError
 from ..ops import FP8_DTYPES
-from ..schemes import Scheme
+from ..schemes import PerTensor, Scheme, scheme_name
 from .forecast import Decision, Forecast
 from .rules import Rules, matches
 
@@ -138,6 +138,7 @@ def make_plan(
     optional: Iterable[str] = (),
     logical_shapes: Mapping[str, tuple[int, ...]] | None = None,
     stream: bool | Mapping[str, bool] = True,
+    segments: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Decide for every parameter and persistent buffer of a model whether and how it becomes FP8.
 
@@ -152,6 +153,8 @@ def make_plan(
         stream: False keeps a weight in high precision until it is complete, where else each row, block or group is
             quantized as soon as it has arrived: for loaders that come back to what they wrote long before. Or
             pattern -> whether; the last one that matches counts.
+        segments: pattern -> the rows of each part of a fused `per_tensor` weight (q, k and v; gate and up; of this
+            rank), each of which then has a scale of its own: `PerTensor(segments=...)`.
 
     Raises:
         UnmatchedPatternError: a pattern matched nothing.
@@ -161,8 +164,9 @@ def make_plan(
         raise TypeError(f"`dtype` must be one of {FP8_DTYPES}, got {dtype}")
     rules = Rules(scheme, ignore, include, dict(schemes or {}))
     optional, logical_shapes = tuple(optional), dict(logical_shapes or {})
+    segments = {pattern: tuple(rows) for pattern, rows in (segments or {}).items()}
     by_default, streams = (True, dict(stream)) if isinstance(stream, Mapping) else (stream, {})
-    unused = {*optional, *logical_shapes, *streams}
+    unused = {*optional, *logical_shapes, *streams, *segments}
     places, rebuild = _places(model)
     entries = []
     for group, overlaps in places:
@@ -175,9 +179,13 @@ def make_plan(
         if overlaps:
             decisions = [(None, "overlaps other tensors or itself")]
         chosen, why = next((d for d in decisions if d[0] is None), decisions[0])
-        found = [p for p in (*optional, *logical_shapes, *streams) if any(matches(p, name) for name in names)]
+        found = [
+            p for p in (*optional, *logical_shapes, *streams, *segments) if any(matches(p, name) for name in names)
+        ]
         unused.difference_update(found)
         logical = next((tuple(logical_shapes[p]) for p in found if p in logical_shapes), tuple(first.shape))
+        chosen = next((_in_segments(names[0], chosen, segments[p]) for p in found if p in segments), chosen)
+        _check_scales(names[0], chosen, first.shape)
         _check_logical(names[0], logical, tuple(first.shape), chosen)
         has_value = group[0].is_buffer and not first.is_meta  # the model computed it; a checkpoint may lack it
         entries.append(
@@ -239,6 +247,22 @@ def _is_dense(t):
             return t.numel() == 0
         extent *= size
     return True
+
+
+def _in_segments(name, scheme, rows):
+    """The scheme with a scale for each of these parts."""
+    if not isinstance(scheme, PerTensor):
+        got = "high precision" if scheme is None else scheme_name(scheme)
+        raise ValueError(f"`{name}` must be per_tensor to have `segments`, got {got}")
+    return replace(scheme, segments=rows)
+
+
+def _check_scales(name, scheme, shape):
+    try:
+        if scheme is not None:
+            scheme.scale_shape(shape)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from None
 
 
 def _check_logical(name, logical, shape, scheme):

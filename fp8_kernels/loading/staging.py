@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -256,9 +257,21 @@ class Unit:
         row1, col1 = min(row1, num_rows), min(col1, num_cols)
         if row0 >= row1 or col0 >= col1:  # padding alone
             return True
-        (group_n, group_k), (*block, _, numerics) = self.tracked.group, self.scheme.quantize_args
-        q, scale = self.tracked.destination(self.number)
+        q, scale = self.result()
         scale = scale.to(values.device)  # from the host, where it is offloaded
+        if not self.tracked.edges:
+            return self._same_codes(q, scale, values, (row0, row1, col0, col1), mask)
+        for i, (start, end) in enumerate(pairwise(self.tracked.edges)):
+            inside = max(row0, start), min(row1, end), col0, col1
+            if inside[0] < inside[1]:
+                part = values[inside[0] - row0 : inside[1] - row0]
+                if not self._same_codes(q, scale[i], part, inside, mask):
+                    return False
+        return True
+
+    def _same_codes(self, q, scale, values, box, mask):
+        (row0, row1, col0, col1) = box
+        (group_n, group_k), (*block, _, numerics) = self.tracked.group, self.scheme.quantize_args
         used = rule(q.dtype, numerics, *block)
         scale = scale.reshape(1, 1, 1) if scale.ndim == 0 else scale[None]
         first_col = col0 // group_k * group_k
@@ -312,6 +325,7 @@ class Tracked:
         group: (rows, columns) that share a scale.
         usual: shards may come by `Arrivals`.
         unit_box: all of a unit.
+        edges: rows at which segments with a scale each begin and end, if it has such.
         row_strides: of a view of whole rows, or of columns of them.
         streams: groups are quantized as soon as they are whole; else nothing is before its unit is.
         num_open: how many of its units are not final.
@@ -337,6 +351,7 @@ class Tracked:
             block = entry.scheme.block
             self.group = tuple(n if b == WHOLE else b for n, b in zip(self.unit_shape, block, strict=True))
         self.unit_box = (0, self.unit_shape[0], 0, self.unit_shape[1])
+        self.edges = entry.scheme.edges if entry.scheme and entry.scheme.segments else None
         self.row_strides = (self.unit_shape[1], 1)
         self.usual = bool(entry.scheme and entry.dtype in WEIGHT_DTYPES and self.unit_numel)
         # Padding has to be in the groups that it shares a scale with.
@@ -368,6 +383,10 @@ class Tracked:
         """The part of a rectangle of a unit that is made of whole groups; None if there is none."""
         (num_rows, num_cols), (group_n, group_k) = self.unit_shape, self.group
         row0, row1, col0, col1 = box
+        if self.edges:
+            row0 = next(edge for edge in self.edges if edge >= row0)
+            row1 = next(edge for edge in reversed(self.edges) if edge <= row1)
+            return (row0, row1, col0, col1) if row0 < row1 and col1 - col0 == num_cols else None
         row0, col0 = -(-row0 // group_n) * group_n, -(-col0 // group_k) * group_k
         row1 = row1 if row1 == num_rows else row1 // group_n * group_n
         col1 = col1 if col1 == num_cols else col1 // group_k * group_k
@@ -384,8 +403,9 @@ class Tracked:
             row0, row1, col0, col1 = whole
             values = values[:, row0 - box[0] : row1 - box[0], col0 - box[2] : col1 - box[2]]
         self.allocate()
+        scheme = self.entry.scheme.part(*self.segments_in(whole)) if self.edges else self.entry.scheme
         with self.staging.on_device():
-            quantize_to(values, self.entry.scheme, *self.result_of(first, count, whole))
+            quantize_to(values, scheme, *self.result_of(first, count, whole))
         return whole
 
     def quantize_unit(self, number: int, values: torch.Tensor, amax: torch.Tensor | None = None):
@@ -420,12 +440,20 @@ class Tracked:
         start, unit, row, col = self._layout_of_q
         start += first * unit + row0 * row + col0 * col
         q = self.q.as_strided((count, row1 - row0, col1 - col0), (unit, row, col), start)
+        if self.edges:
+            first_segment, last = self.segments_in(box)
+            scales = self.scale.view(-1, self.scale.shape[-1])
+            return q, scales[first : first + count, first_segment:last]
         if self._layout_of_scale is None:  # one a unit
             return q, self.scale.reshape(-1)[first : first + count]
         row0, row1, col0, col1 = row0 // group_n, -(-row1 // group_n), col0 // group_k, -(-col1 // group_k)
         start, unit, row, col = self._layout_of_scale
         start += first * unit + row0 * row + col0 * col
         return q, self.scale.as_strided((count, row1 - row0, col1 - col0), (unit, row, col), start)
+
+    def segments_in(self, box):
+        """The segments [first, last) that a rectangle of whole ones has."""
+        return self.edges.index(box[0]), len(self.edges) - 1 - self.edges[::-1].index(box[1])
 
     def destination(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of one unit, to write into."""
@@ -443,7 +471,7 @@ class Tracked:
                 scale_shape = entry.scheme.scale_shape(entry.shape)
                 self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=self.device)
         self._layout_of_q = _layout(self.q)
-        self._layout_of_scale = _layout(self.scale) if self.scale.ndim > 1 else None
+        self._layout_of_scale = _layout(self.scale) if self.scale.ndim > 1 and not self.edges else None
 
     def region(self, t: torch.Tensor, itemsize: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """A view of the tracked storage as (offset, sizes, strides) in elements of the parameter.

@@ -149,6 +149,8 @@ class Writes:
             if found is None or tracked.whole_groups(found[0]) != found[0] or any(unit.final for unit in units):
                 return False
             box = found[0]
+            if tracked.edges:
+                scheme = scheme.part(*tracked.segments_in(box))
             exact = scale.dtype == scheme.scale_dtype or scheme.scale_dtype == torch.float32
             fits = scale.numel() == 1 or tuple(scale.shape) == scheme.scale_shape(q.shape)
             if not exact or not fits or any(unit.coverage.overlap_box(box) for unit in units):

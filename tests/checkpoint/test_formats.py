@@ -108,6 +108,13 @@ def test_experts_in_one_tensor_are_refused(fmt):
         fmt.check(f"{name}.weight", (8, 256, 128), PerBlock(), E4M3)
 
 
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_segments_are_refused(fmt):
+    """A file holds q, k and v one by one; a scale for each part of one of them has no place there."""
+    with pytest.raises(UnsupportedLayoutError, match="`a.weight` must have a scale of its own .* 128 \\+ 128 rows"):
+        fmt.check("a.weight", (256, 256), PerTensor((128, 128)), E4M3)
+
+
 @pytest.mark.parametrize("scheme", sorted({name for name in SCHEMES if "group" in name or "mx" in name.lower()}))
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_groups_are_refused(fmt, scheme):

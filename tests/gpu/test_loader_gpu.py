@@ -68,6 +68,16 @@ def test_sixteen_linears_peak_at_resident_and_two_units(scheme):
     assert loader.report.peak_staging_bytes <= 2 * unit
 
 
+@pytest.mark.parametrize("source", ["cpu", "cuda"])
+def test_segments(source):
+    """A scale for each part of a fused weight, of parts that arrive in any order: the bytes of the CPU."""
+    model, w, scheme = Model(qkv=(1100, 576)), values(1100, 576), fk.PerTensor((1000, 36, 64))
+    with LayerwiseLoader(model, "per_tensor", device="cuda", segments={"qkv": scheme.segments}):
+        for start, end in ((1036, 1100), (0, 500), (500, 1036)):
+            model.qkv.weight.data[start:end].copy_(w[start:end].to(source))
+    assert_quantized(model, "qkv.weight", w, scheme)
+
+
 def test_a_failed_load_gives_all_memory_back():
     """After an exception the device holds what it held before."""
     model = Model(**{f"fc{i}": (1024, 1024) for i in range(4)})
