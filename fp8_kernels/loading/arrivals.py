@@ -122,7 +122,7 @@ class Arrivals:
         if source.is_cuda:
             destination.copy_(source, non_blocking)
         else:
-            self._staging.sources.bring(destination, source)
+            self._staging.sources.bring(destination, source, non_blocking)
 
     def _count(self, unit, box, source):
         unit.coverage.add_box(box)

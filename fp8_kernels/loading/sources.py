@@ -11,14 +11,15 @@ class Sources:
     def bring(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False):
         """`destination.copy_(source)`, in the order of the current stream.
 
-        Memory of the host may be written again as soon as this returns; memory of a device, in the order of streams.
+        Memory of the host may be written again as soon as this returns, unless the engine has asked not to wait, and
+        then as after its own copy: when the stream has come past. Memory of a device may in the order of the stream.
 
         Args:
             destination: real, on the load's device or (what is offloaded) the host; any strides.
             source: real, any device, dtype and strides, of a shape that expands to the destination's.
             non_blocking: of `copy_`.
         """
-        destination.copy_(source, non_blocking and source.is_cuda)
+        destination.copy_(source, non_blocking)
 
     def close(self):
         """The load has ended: let go of all memory. May be called again."""

@@ -68,23 +68,32 @@ def thread_without_current_device(scheme):
     yield Draft("", {"fc": (6, 36)}, load, {"threads", "cuda"})
 
 
-@row("E", "a copy that was asked to be asynchronous has read its source when the source is written again")
+@row(
+    "E",
+    "a copy that was asked not to wait is in the order of its stream: after an event its source may be written again",
+)
 def async_copy_and_buffer_reuse(scheme):
     w = values(48, 1024)
 
     def stream(session):
-        pinned = session.adapter.device.type == "cuda"
-        buffers = [torch.empty(8, 1024, dtype=torch.bfloat16, pin_memory=pinned) for _ in range(2)]
-        for i in range(6):
+        on_gpu = session.adapter.device.type == "cuda"
+        buffers = [torch.empty(8, 1024, dtype=torch.bfloat16, pin_memory=on_gpu) for _ in range(2)]
+        events = [torch.cuda.Event() for _ in buffers] if on_gpu else []
+        for i in range(8):
+            if on_gpu:
+                events[i % 2].synchronize()
             buffer = buffers[i % 2]
+            if i >= 6:
+                buffer.fill_(float("nan"))
+                continue
             buffer.copy_(w[8 * i : 8 * i + 8])
             session.write(
                 "fc.weight",
                 buffer,
                 lambda p, source, i=i: p.data[8 * i : 8 * i + 8].copy_(source, non_blocking=True),
             )
-        for buffer in buffers:
-            buffer.fill_(float("nan"))
+            if on_gpu:
+                events[i % 2].record()
 
     load = Load([Do("six shards through two buffers", stream)], {"fc.weight": w})
     yield Draft("", {"fc": (48, 1024)}, load)
