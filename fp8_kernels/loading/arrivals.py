@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from ..ops import WEIGHT_DTYPES
+from ..ops import WEIGHT_DTYPES, amax, copy_amax
 from .coverage import Box
 from .hands import Hand, Hands
 from .report import Report
@@ -17,6 +17,10 @@ from .staging import Shard, Staging, Tracked, Unit
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 WHOLE_BYTES = 32 << 20  # of units whose shards are quantized together if they arrive one after the other
+
+# Of units with one scale, above which their maximum is taken from each shard as it arrives. A smaller one is on the chip
+# as a whole while it is quantized, which then reads it once in any case.
+ACCUMULATE_BYTES = 64 << 20
 
 
 class Arrivals:
@@ -110,13 +114,30 @@ class Arrivals:
         let_go_first = unit.buffer is None and not staging.has_room(unit.shape, dtype)
         if let_go_first:
             self._hands.let_go(hand, units)
-        self._bring(_part(unit.open(dtype), unit.shape[1], box), source, non_blocking)
+        place, tracked = _part(unit.open(dtype), unit.shape[1], box), unit.tracked
+        if tracked.one_scale and tracked.unit_numel * dtype.itemsize > ACCUMULATE_BYTES:
+            self._bring_and_look(unit, place, source, non_blocking)
+        else:
+            self._bring(place, source, non_blocking)
         self._count(unit, box, source)
         unit.read_since_write = False
         if not let_go_first:
             self._hands.let_go(hand, units)
         if unit.coverage.complete and unit not in hand.units:
             hand.units.append(unit)
+
+    def _bring_and_look(self, unit: Unit, place, source, non_blocking):
+        """Copy a shard and raise the unit's maximum to its own, so that completion is the cast alone."""
+        if unit.coverage.empty:
+            with torch.inference_mode(False):  # it outlives the engine's context
+                unit.maximum = torch.zeros((), device=place.device)
+        if unit.maximum is None:  # something was written in another way
+            self._bring(place, source, non_blocking)
+        elif source.device == place.device and source.dtype is place.dtype:
+            copy_amax(source, place, unit.maximum)
+        else:
+            self._bring(place, source, non_blocking)
+            amax(place, out=unit.maximum, accumulate=True)
 
     def _bring(self, destination, source, non_blocking):
         if source.is_cuda:

@@ -17,7 +17,7 @@ import torch
 from ..errors import LoadError
 from ..ops import WEIGHT_DTYPES, amax, quantize, quantize_into
 from ..reference import FP8_MAX, cast, dequantize, rule
-from ..schemes import WHOLE, Scheme
+from ..schemes import WHOLE, PerTensor, Scheme
 from .arena import Arena, Staging
 from .coverage import Box, Coverage
 from .plan import Entry
@@ -88,6 +88,7 @@ class Unit:
         coverage: what was written.
         streamed: what of it is quantized already, in whole groups; None if nothing is.
         shards: what of it threads hold open.
+        maximum: fp32, of all that was written, where that is known.
         spilled: what waits on the host, as (rectangle, data), instead of in a buffer.
     """
 
@@ -102,6 +103,7 @@ class Unit:
         self.shards: list[Shard] = []
         self.buffer: torch.Tensor | None = None
         self.spilled: list[tuple[Box, torch.Tensor]] | None = None
+        self.maximum: torch.Tensor | None = None
         self.final = False
         self.read_since_write = False
         self._staging = staging
@@ -220,7 +222,7 @@ class Unit:
         if self.streamed is None:
             self.open()
             self._zero_padding()
-            self.tracked.quantize_unit(self.number, self.buffer[None], amax)
+            self.tracked.quantize_unit(self.number, self.buffer[None], self.maximum if amax is None else amax)
         elif not self.streamed.complete:
             for row0, row1, col0, col1 in self.streamed.missing():
                 values = self.open()[None, row0:row1, col0:col1]
@@ -230,6 +232,8 @@ class Unit:
 
     def amax(self) -> torch.Tensor:
         """The maxima of its groups, fp32 of the shape of its scales."""
+        if self.maximum is not None:
+            return self.maximum
         buffer = self.open()
         self._zero_padding()
         with self._staging.on_device():
@@ -242,7 +246,7 @@ class Unit:
     def finished(self):
         """Nothing of it waits any more."""
         self.final = True
-        self.coverage = self.streamed = None
+        self.coverage = self.streamed = self.maximum = None
         self.tracked.finished_unit()
 
     def same_codes(self, values: torch.Tensor, box: Box, mask: torch.Tensor | None = None) -> bool:
@@ -326,6 +330,7 @@ class Tracked:
         usual: shards may come by `Arrivals`.
         unit_box: all of a unit.
         edges: rows at which segments with a scale each begin and end, if it has such.
+        one_scale: a unit has one.
         row_strides: of a view of whole rows, or of columns of them.
         streams: groups are quantized as soon as they are whole; else nothing is before its unit is.
         num_open: how many of its units are not final.
@@ -352,6 +357,7 @@ class Tracked:
             self.group = tuple(n if b == WHOLE else b for n, b in zip(self.unit_shape, block, strict=True))
         self.unit_box = (0, self.unit_shape[0], 0, self.unit_shape[1])
         self.edges = entry.scheme.edges if entry.scheme and entry.scheme.segments else None
+        self.one_scale = isinstance(entry.scheme, PerTensor) and not entry.scheme.segments
         self.row_strides = (self.unit_shape[1], 1)
         self.usual = bool(entry.scheme and entry.dtype in WEIGHT_DTYPES and self.unit_numel)
         # Padding has to be in the groups that it shares a scale with.

@@ -404,6 +404,7 @@ class Writes:
             if not info.replaces(args, kwargs):
                 unit.zero_gaps()
             unit.open(source_dtype(target, info, args, targets))
+            unit.maximum = None
         return self._gather(target)
 
     def _gather(self, target):

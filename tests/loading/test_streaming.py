@@ -64,15 +64,17 @@ def no_whole_units(monkeypatch):
     st.sampled_from([None, 0, 40_000]),
     st.booleans(),
     st.sampled_from([0, 20_000, arrivals.WHOLE_BYTES]),
+    st.sampled_from([0, arrivals.ACCUMULATE_BYTES]),
     st.integers(0, 99),
 )
-def test_any_order_any_split_any_budget(shards, scheme, budget, stream, whole_bytes, seed):
+def test_any_order_any_split_any_budget(shards, scheme, budget, stream, whole_bytes, accumulate_bytes, seed):
     """Whatever the order and the cuts of the shards, whatever spills, streamed or not, duplicates included: the
     bytes of quantizing the whole weight at once."""
     shape, boxes = shards
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrivals, "WHOLE_BYTES", whole_bytes)
+        patch.setattr(arrivals, "ACCUMULATE_BYTES", accumulate_bytes)
         _load_and_compare(shape, boxes, scheme, budget, stream, seed)
 
 
