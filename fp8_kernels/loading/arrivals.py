@@ -17,9 +17,8 @@ from .staging import Shard, Staging, Tracked, Unit
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 WHOLE_BYTES = 32 << 20  # of units whose shards are quantized together if they arrive one after the other
-
-# Of units with one scale, above which their maximum is taken from each shard as it arrives. A smaller one is on the chip
-# as a whole while it is quantized, which then reads it once in any case.
+# Of units with one scale, above which their maximum is taken from each shard as it arrives. A smaller one fits on the
+# chip while it is quantized, which then reads it once in any case.
 ACCUMULATE_BYTES = 64 << 20
 
 

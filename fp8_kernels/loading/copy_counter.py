@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from .op_info import op_info
 from .writes import Writes
@@ -44,8 +44,14 @@ class CopyCounter(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self._function_mode.__exit__(*exc)
+        self.leave()
+
+    def leave(self):
+        """Leave the mode, however much of it was entered or left before. On the thread that entered it."""
+        if self in _get_current_dispatch_mode_stack():
+            super().__exit__(None, None, None)
+        if self._function_mode in _get_current_function_mode_stack():
+            self._function_mode.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

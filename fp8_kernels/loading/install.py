@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -38,11 +38,12 @@ class Snapshot:
         self._attributes = [(f"{name}.{{}}" if name else "{}", vars(m), dict(_tensors(vars(m)))) for name, m in named]
         tensors = {id(t): t for _, _, saved in self._all() for t in saved.values() if t is not None}
         self._was = {key: (t, t.detach().requires_grad_(t.requires_grad)) for key, t in tensors.items()}
+        self._layouts = {key: _layout(t) for key, t in tensors.items()}
 
     def restore(self):
         """The same tensor objects in the same places, each with the memory, shape and dtype that it had.
 
-        Once. It runs no op, so that what made a load fail cannot make this fail.
+        It runs no op, so that what made a load fail cannot make this fail.
         """
         for _, registry, saved in self._holders:
             registry.clear()
@@ -51,8 +52,8 @@ class Snapshot:
             for leaf in [leaf for leaf, _ in _tensors(attributes) if leaf not in saved]:
                 del attributes[leaf]
             attributes.update(saved)
-        for t, was in self._was.values():
-            if not _is_same(t, was):
+        for key, (t, was) in self._was.items():
+            if _layout(t) != self._layouts[key]:  # not compared with the other one, which is exchanged too
                 torch._C._swap_tensor_impl(t, was)
 
     def put_back(self, module: torch.nn.Module, leaf: str):
@@ -102,9 +103,13 @@ class Snapshot:
                 else:
                     view_of(copy, was).copy_(now.detach())
         swap_values(_disjoint([*moves, *copies, *((was, now) for was, now in results if was is not now)]))
-        self.restore()
-        for registry, leaf, now in added:
-            registry[leaf] = now
+
+        def settle():
+            self.restore()
+            for registry, leaf, now in added:
+                registry[leaf] = now
+
+        uninterrupted(settle)
 
     def _all(self):
         return [*self._holders, *self._attributes]
@@ -123,9 +128,13 @@ def swap_values(pairs: Iterable[Pair]):
                     other.copy_(held)
                     done[-1] = (piece, other)
     except BaseException:
-        with torch.no_grad():
-            for piece, former in reversed(done):
-                piece.copy_(former)
+
+        def restore():
+            with torch.no_grad():
+                for piece, former in reversed(done):
+                    piece.copy_(former)
+
+        uninterrupted(restore)
         raise
 
 
@@ -161,6 +170,23 @@ def view_of(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
     return view.set_(storage, like.storage_offset(), like.shape, like.stride())
 
 
+def uninterrupted(step: Callable[..., None], *args):
+    """Run the step to its end: Ctrl-C meanwhile is raised after it.
+
+    Args:
+        step: called with `args`; may be run again after it broke off anywhere.
+    """
+    interrupt = None
+    while True:
+        try:
+            step(*args)
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 def forget_frames(error: BaseException | None):
     """Let go of what the frames of an exception hold, so that device memory returns while the exception is kept.
 
@@ -187,8 +213,8 @@ def _tensors(registry):
 
 
 def _is_same(t, was):
-    return (
-        t.untyped_storage()._cdata == was.untyped_storage()._cdata
-        and (t.shape, t.stride(), t.storage_offset()) == (was.shape, was.stride(), was.storage_offset())
-        and t.dtype == was.dtype
-    )
+    return _layout(t) == _layout(was)
+
+
+def _layout(t):
+    return t.untyped_storage()._cdata, t.shape, t.stride(), t.storage_offset(), t.dtype

@@ -12,7 +12,7 @@ from ..errors import UnmatchedPatternError
 from ..schemes import Scheme, scheme_name
 from .copy_counter import CopyCounter
 from .fp8_source import copy_codes
-from .install import Snapshot, forget_frames
+from .install import Snapshot, forget_frames, uninterrupted
 from .plan import Plan, make_plan
 from .poison import check_not_poisoned
 from .ranks import Ranks
@@ -144,7 +144,7 @@ class LayerwiseLoader:
         try:
             self.plan: Plan = self._make_plan()[0]
         finally:
-            snapshot.restore()
+            uninterrupted(snapshot.restore)
         self.report = Report()
         self._hooks = Hooks(on_unit, on_module, on_finish, progress)
         self._session: Session | None = None
@@ -163,22 +163,21 @@ class LayerwiseLoader:
                 self.model, self.plan, staging, self.report, self._hooks, self._reload, self._ranks, self._offload
             )
             self._session.start()
+            return self
         except BaseException as failure:
-            self._roll_back(failure)
+            uninterrupted(self._undo, failure)
             raise
-        return self
 
     def __exit__(self, kind, error, traceback):
-        self._session.stop()
         try:
+            self._session.stop()
             self._session.finish(self._snapshot, error)
+            if error is not None:
+                uninterrupted(self._undo, error)
         except BaseException as failure:
-            self._roll_back(failure)
+            uninterrupted(self._undo, failure)
             raise
-        if error is not None:
-            self._roll_back(error)
-        else:
-            self._let_go()
+        uninterrupted(self._let_go)
 
     @contextlib.contextmanager
     def worker(self):
@@ -237,18 +236,22 @@ class LayerwiseLoader:
             plan = self._ranks.checked(plan)
         return plan, reload
 
-    def _roll_back(self, error):
-        self._snapshot.restore()
-        if self._reload is not None and self._session is not None:
-            self._reload.poison(self._session.changed())
+    def _undo(self, error):
+        """Bring the model back; may be called again."""
+        if self._session is not None:
+            self._session.stop()
+        if self._snapshot is not None:
+            self._snapshot.restore()
+            if self._reload is not None and self._session is not None:
+                self._reload.poison(self._session.changed())
         self._let_go()
         forget_frames(error)
 
     def _let_go(self):
-        """Drop every buffer and every reference into the model."""
+        """Drop every buffer and every reference into the model; may be called again."""
         if self._session is not None:
             self._session.close()
-        self._session = self._snapshot = self._reload = None
+        self._snapshot = self._session = self._reload = None
 
 
 def _real_device(device):

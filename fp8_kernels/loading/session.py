@@ -69,7 +69,7 @@ class Session:
         self._device = staging.device
         self._started = time.perf_counter()
         self._bytes_done = 0
-        self._exits = contextlib.ExitStack()
+        self._exits, self._mode = contextlib.ExitStack(), None
         advance = None if hooks.progress is None else self._advance
         self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, advance)
         self.tracked: list[Tracked] = []
@@ -89,7 +89,8 @@ class Session:
             self._track(entry)
         for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook):
             self._exits.callback(register(self._registered).remove)
-        self._exits.enter_context(CopyCounter(self.writes))
+        self._mode = CopyCounter(self.writes)
+        self._mode.__enter__()
 
     def write_box(self, name: str, expert: int | None, box: Box | None, source: torch.Tensor):
         """Write a shard to where it belongs, past the mode: for loaders of our own, of which each op's cost counts.
@@ -109,7 +110,9 @@ class Session:
             self.writes.write_box(self._named[name], expert, box, source)
 
     def stop(self):
-        """The end of loading: ops go their usual way again."""
+        """The end of loading: ops go their usual way again. May be called again."""
+        if self._mode is not None:
+            self._mode.leave()
         self._exits.close()
 
     def close(self):
@@ -124,7 +127,7 @@ class Session:
             tracked.units, tracked.q, tracked.scale, tracked.handle = [], None, None, None
         if self._staging is not None:
             self._staging.close()
-        self.writes = self._staging = self._hooks = self.model = None
+        self.writes = self._staging = self._hooks = self.model = self._mode = None
         self.tracked, self._at, self._named, self._waiting = [], {}, {}, {}
 
     def _track(self, entry):
@@ -247,11 +250,11 @@ class Session:
             return
         with self._agreed():
             self._conclude(maxima)
-        if self._reload is None:
-            remember(self.plan, self.tracked)
-        else:
+        if self._reload is not None:
             self._reload.commit(snapshot, self.tracked)
         self._complete_report(started, quantizing)
+        if self._reload is None:
+            remember(self.plan, self.tracked)
 
     @contextlib.contextmanager
     def _agreed(self, error=None):

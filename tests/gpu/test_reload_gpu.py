@@ -149,10 +149,12 @@ def test_memory_of_a_reload(mode):
     assert loader.report.peak_allocated - before <= codes + 2 * unit + SLACK + (16 << 20)
 
 
+@pytest.mark.parametrize("room", [8 << 20, 40 << 20, 256 << 20], ids=["staging", "result", "in the middle"])
 @pytest.mark.parametrize("mode", [None, "transactional"])
-def test_out_of_memory_leaves_the_model_and_the_memory_as_they_were(mode):
-    """The device really runs out, in the middle of a load: with the exception still in hand and no garbage collected,
-    the model is as it was and the allocator holds what it held; then the load succeeds."""
+def test_out_of_memory_leaves_the_model_and_the_memory_as_they_were(mode, room):
+    """The device really runs out, for the first staging buffer, for the first result or in the middle of a load: with
+    the exception still in hand and no garbage collected, the model is as it was and the allocator holds what it held;
+    then the load succeeds."""
     model, w = Model(**{f"fc{i}": (4096, 4096) for i in range(24)}), values(4096, 4096)
     options = {"scheme": "per_tensor", "device": "cuda"} if mode is None else {"reload": mode}
 
@@ -170,7 +172,7 @@ def test_out_of_memory_leaves_the_model_and_the_memory_as_they_were(mode):
     total = torch.cuda.get_device_properties(0).total_memory
     gc.disable()
     try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (256 << 20)) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
         with pytest.raises(torch.OutOfMemoryError) as kept:
             load(**options)
         assert allocated() == before and kept.value.__traceback__ is not None
