@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import LoadError
 from .linear import fp8_linear
-from .loading.reload import carry_over, scheme_of
+from .loading.origin import carry_over, scheme_of
 from .ops import FP8_DTYPES
 from .schemes import Scheme, as_scheme, scheme_name
 

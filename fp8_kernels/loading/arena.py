@@ -17,7 +17,7 @@ import torch
 from .sources import Sources
 
 if TYPE_CHECKING:
-    from .staging import Unit
+    from .unit import Unit
 
 ALIGNMENT = 512  # bytes; of every buffer's start
 SMALLEST_BUDGET = 256 << 20

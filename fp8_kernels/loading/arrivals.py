@@ -10,10 +10,12 @@ import threading
 import torch
 
 from ..ops import WEIGHT_DTYPES, amax, copy_amax
+from .arena import Staging
 from .coverage import Box
 from .hands import Hand, Hands
 from .report import Report
-from .staging import Shard, Staging, Tracked, Unit
+from .staging import Tracked
+from .unit import Shard, Unit
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 WHOLE_BYTES = 32 << 20  # of units whose shards are quantized together if they arrive one after the other

@@ -7,7 +7,7 @@ import torch
 from ..errors import LoadError, NonFiniteWeightError
 from ..ops import FP8_DTYPES, dequantize
 from ..schemes import PerBlock, PerTensor, Scheme, as_scheme
-from .reload import scheme_of
+from .origin import scheme_of
 from .writes import Writes
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .report import Report
-from .staging import Shard, Unit
+from .target import Target
+from .unit import Shard, Unit
 
 
 class Hand:
@@ -90,6 +91,14 @@ class Hands:
             held, hand.units = hand.units, []
             for unit in held:
                 self.finish(unit)
+
+    def settle(self, targets: Iterable[Target]):
+        """What threads hold open of the targets' elements goes where it can be read and changed."""
+        for target in targets:
+            for unit in target.units if target.tracked.entry.scheme else ():
+                for shard in list(unit.shards):
+                    if target.meets(shard.box):
+                        self.keep(shard)
 
     def keep(self, shard: Shard):
         """Move a held shard into the buffers of its units, where it can be read and changed; they stay held."""

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from ..errors import UnmatchedPatternError
 from ..schemes import Scheme, scheme_name
+from .arena import Staging
 from .copy_counter import CopyCounter
 from .fp8_source import copy_codes
 from .install import Snapshot, forget_frames, uninterrupted
@@ -20,7 +21,7 @@ from .reload import Reload
 from .report import Report
 from .rules import matches
 from .session import Hooks, Session
-from .staging import Staging, Unit
+from .unit import Unit
 
 _DEFAULT_RULES = {
     "scheme": "per_channel",

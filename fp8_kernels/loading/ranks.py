@@ -18,7 +18,7 @@ from ..errors import LoadError, UnmatchedPatternError
 from ..schemes import PerChannel, PerTensor
 from .plan import Entry, Plan
 from .rules import matches
-from .staging import Unit
+from .unit import Unit
 
 
 class Ranks:

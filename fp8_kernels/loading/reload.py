@@ -7,100 +7,21 @@ module, so it survives an engine that puts other parameter objects, of other lay
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import PoisonedModelError, UnmatchedPatternError
-from ..ops import FP8_DTYPES, block_of
-from ..schemes import WHOLE, PerBlock, PerChannel, PerTensor, Scheme
+from ..ops import FP8_DTYPES
 from .install import Snapshot, exchange, view_of
+from .origin import RECORD, UNCHANGED, Origin, inferred, like, live
 from .plan import Entry, Plan, listed, make_plan
 from .poison import cure, half_loaded, mark
 from .rules import matches
 from .staging import Tracked
 
 MODES = ("transactional", "streaming")
-_RECORD = "_fp8_loaded"  # on a module: leaf -> Origin, or None for what passed through
-_UNCHANGED = "_fp8_checkpoint_layout"  # on a parameter: the object, and the layout, that the load gave the module
-
-
-class _Memory:
-    """A storage, told from every other one, also from one that takes its address later; it is not kept alive.
-
-    Copies of a model have memory of their own, so a copy of this is no storage's.
-    """
-
-    def __init__(self, t: torch.Tensor | None = None):
-        self._reference = None if t is None else StorageWeakRef(t.untyped_storage())
-
-    @property
-    def known(self) -> bool:
-        return self._reference is not None
-
-    def holds(self, t: torch.Tensor) -> bool:
-        return self.known and self._reference.cdata == t.untyped_storage()._cdata
-
-    def __reduce__(self):
-        return _Memory, ()
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What an FP8 parameter was before it was quantized.
-
-    Attributes:
-        shape, dtype, logical: of the high-precision parameter.
-        scheme: how it was quantized.
-        memory: what held its codes, in the checkpoint's layout, when the load ended.
-        kind, attributes: class and attributes of the parameter object.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    logical: tuple[int, ...]
-    scheme: Scheme
-    memory: _Memory
-    kind: type = torch.nn.Parameter
-    attributes: dict = field(default_factory=dict)
-
-
-def remember(plan: Plan, tracked_tensors: Iterable[Tracked]):
-    """Note on the modules, after a first load, what a later one has to know."""
-    records: dict[torch.nn.Module, dict[str, Origin | None]] = {}
-    for entry in plan.entries:
-        for place in entry.places:
-            records.setdefault(place.module, {})[place.leaf] = None
-    quantized = set()
-    for tracked in tracked_tensors:
-        entry = tracked.entry
-        if entry.scheme is None:
-            continue
-        for place in tracked.places:
-            held = tracked.object_at.get(place, entry.tensors[0])
-            if place.registry.get(place.leaf) is held:
-                setattr(held, _UNCHANGED, True)
-            records[place.module][place.leaf] = Origin(
-                entry.shape,
-                entry.dtype,
-                entry.logical,
-                entry.scheme,
-                _Memory(tracked.q),
-                type(held),
-                {key: value for key, value in vars(held).items() if key != _UNCHANGED},
-            )
-            quantized.add(place.module)
-    for module in quantized:
-        vars(module)[_RECORD] = records[module]
-
-
-def carry_over(old: torch.nn.Module, new: torch.nn.Module):
-    """Let a module that takes the place of another, on the same tensors, be reloadable too."""
-    if _RECORD in vars(old):
-        vars(new)[_RECORD] = vars(old)[_RECORD]
 
 
 @dataclass(eq=False)
@@ -170,8 +91,8 @@ class Reload:
             instead: dict[int, torch.nn.Parameter] = {}
             for module, leaf in weight.places:
                 held = module._parameters.get(leaf)
-                if not hasattr(held, _UNCHANGED):  # the engine's own object: it lacks what loaders look for
-                    held = instead.setdefault(id(held), _like(weight.origin, meta))
+                if not hasattr(held, UNCHANGED):  # the engine's own object: it lacks what loaders look for
+                    held = instead.setdefault(id(held), like(weight.origin, meta))
                     module._parameters[leaf] = held
                 exchange(held, meta)
                 module._parameters.pop(f"{leaf}_scale", None)
@@ -228,9 +149,9 @@ class Reload:
         weights: dict[tuple, _Weight] = {}
         for prefix, module in self.model.named_modules(remove_duplicate=False):
             dot = f"{prefix}." if prefix else ""
-            record = vars(module).get(_RECORD)
+            record = vars(module).get(RECORD)
             if record is None:
-                record = _inferred(module)
+                record = inferred(module)
             else:
                 held = {*module._parameters, *module._buffers} - module._non_persistent_buffers_set
                 scales = {f"{leaf}_scale" for leaf, origin in record.items() if origin}
@@ -245,7 +166,7 @@ class Reload:
                     if (module, leaf) not in weights[key].places:
                         weights[key].places.append((module, leaf))
                     continue
-                codes, scale = _live(module, leaf, origin)
+                codes, scale = live(module, leaf, origin)
                 weights[key] = _Weight([(module, leaf)], [dot + leaf], origin, codes, scale)
                 if held is not None and held.dtype in FP8_DTYPES:
                     weights[key].dtype = held.dtype
@@ -298,57 +219,3 @@ class Reload:
             unused = [p for p in self._scope if not any(matches(p, name) for name in loaded)]
             if unused:
                 raise UnmatchedPatternError(f"no tensor is matched by {', '.join(map(repr, unused))} of `scope`")
-
-
-def _like(origin, meta):
-    """A parameter object as the model's owner made it."""
-    made = torch.Tensor._make_subclass(origin.kind, meta, False)
-    vars(made).update(origin.attributes)
-    return made
-
-
-def _inferred(module):
-    """The origins of FP8 weights that no load of ours has recorded."""
-    found = {}
-    for leaf, held in module._parameters.items():
-        scale = module._parameters.get(f"{leaf}_scale")
-        if held is None or scale is None or held.dtype not in FP8_DTYPES:
-            continue
-        scheme = getattr(module, "scheme", None)
-        scheme = scheme if isinstance(scheme, Scheme) else scheme_of(held, scale)
-        shape = tuple(held.shape)
-        setattr(held, _UNCHANGED, True)
-        found[leaf] = Origin(shape, torch.bfloat16, shape, scheme, _Memory())
-    return found
-
-
-def scheme_of(weight: torch.Tensor, scale: torch.Tensor) -> Scheme:
-    """The scheme, from shapes alone.
-
-    Raises:
-        ValueError: they fit several.
-    """
-    block = block_of(weight, scale)
-    known = {(WHOLE, WHOLE): PerTensor, (1, WHOLE): PerChannel}.get(block)
-    options = {"scale_dtype": scale.dtype, "pow2": scale.dtype == torch.float8_e8m0fnu}
-    return known(**options) if known else PerBlock(*block, **options)
-
-
-def _live(module, leaf, origin):
-    """Codes and scales in the checkpoint's layout, as views of what the module holds; (None, None) if there are none.
-
-    Only memory that a load wrote, or the parameter object that it left, is known to be in that layout: kernels'
-    layouts may have the same shape.
-    """
-    held, scale = (module._parameters.get(name) for name in (leaf, f"{leaf}_scale"))
-    if held is None or scale is None or held.dtype not in FP8_DTYPES:
-        return None, None
-    if tuple(scale.shape) != origin.scheme.scale_shape(origin.shape) or scale.dtype != origin.scheme.scale_dtype:
-        return None, None
-    if origin.memory.holds(held) and held.numel() == math.prod(origin.shape):
-        strides = torch.empty(origin.shape, device="meta").stride()
-        return held.detach().as_strided(origin.shape, strides, 0), scale.detach()
-    moved = held.is_contiguous() or not origin.memory.known  # to another device, say, as it was
-    if hasattr(held, _UNCHANGED) and tuple(held.shape) == origin.shape and moved:
-        return held.detach(), scale.detach()
-    return None, None

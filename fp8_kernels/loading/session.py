@@ -15,16 +15,19 @@ from torch.nn.modules.module import (
 )
 
 from ..errors import LoadError
+from .arena import Staging
 from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import BelowModes, CopyCounter
 from .coverage import Box
 from .install import Snapshot, exchange
+from .origin import remember
 from .plan import Entry, Plan
 from .ranks import Ranks
-from .reload import Reload, remember
+from .reload import Reload
 from .report import Report
 from .rules import matches
-from .staging import Staging, Tracked, Unit
+from .staging import Tracked
+from .unit import Unit
 from .writes import Writes
 
 

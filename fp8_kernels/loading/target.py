@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import LoadError
+from ..errors import ConflictingShardError, LoadError
 from .coverage import Box, Region, canonical
-from .staging import Tracked, Unit
+from .staging import Tracked
+from .unit import Unit
 
 
 class Target:
@@ -127,3 +128,17 @@ def describe(box: Box, shape: tuple[int, int]) -> str:
     rows = "all rows" if (row0, row1) == (0, shape[0]) else f"rows {row0}:{row1} of {shape[0]}"
     columns = "all columns" if (col0, col1) == (0, shape[1]) else f"columns {col0}:{col1} of {shape[1]}"
     return f"{rows}, {columns}"
+
+
+def streamed_error(target: Target, unit: Unit, what: str) -> LoadError:
+    """What of a unit is quantized already cannot be what an op needs."""
+    return LoadError(
+        f"{target} {what}: it is quantized already, as it arrived. For a loader that needs that, name the weight: "
+        f"`stream={{{unit.name!r}: False}}`"
+    )
+
+
+def tied_conflict(target: Target) -> ConflictingShardError:
+    """One tensor under several names was given several values."""
+    names = ", ".join(f"`{name}`" for name in target.tracked.entry.names)
+    return ConflictingShardError(f"{target}: other values arrived before; it is one tensor under the names {names}")

@@ -8,17 +8,20 @@ from collections.abc import Callable
 import torch
 
 from ..errors import ConflictingShardError, LoadError
+from .arena import Staging
 from .arrivals import Arrivals
 from .coverage import Box
-from .hands import Hands, around, part
+from .hands import Hands
 from .op_info import OpInfo, op_info
+from .records import Records
 from .report import Report
-from .staging import COMPARE_ELEMENTS, Shard, Staging, Tracked, Unit
-from .substitute import call, named, refuse, source_dtype, split, write
-from .target import Target
+from .staging import Tracked
+from .streams import Streams
+from .substitute import call, refuse, source_dtype, split
+from .target import Target, streamed_error
+from .unit import Unit
 
 _COPIES = {"copy_", "fill_", "zero_"}
-CHUNK_BYTES = 16 << 20  # of experts that arrive in one copy and are quantized in one launch
 
 
 class Writes:
@@ -40,6 +43,8 @@ class Writes:
         self.has_tied_real = False
         self._hands = Hands(report, on_unit, on_final, progress)
         self._lock = threading.RLock()
+        self._records = Records(report, staging.device)
+        self._streams = Streams(staging, self._hands, self._records, report)
         self.arrivals = Arrivals(staging, self._hands, report, self._lock)
         self._by_storage: dict[int, tuple[Tracked, int]] = {}
         self._storages: list[torch.UntypedStorage] = []  # alive, so that no other storage takes their address
@@ -243,7 +248,7 @@ class Writes:
         self.staging.in_use = units = [unit for target in targets for unit in target.units]
         written = [t for t in targets if t.written]
         if not written:
-            self._settle(targets)
+            self._hands.settle(targets)
             buffers = [self._readable(t) for t in targets]
             result = call(func, info, args, kwargs, targets, buffers, self.staging)
             self._release(targets, buffers)
@@ -251,13 +256,13 @@ class Writes:
         refuse(info, args, kwargs, targets)
         quantized = [t for t in written if t.tracked.entry.scheme]
         if quantized and len(targets) == 1 and info.name in _COPIES:
-            chunk = self._chunk(written[0])
-            if len(units) <= chunk and self._stream(func, info, args, kwargs, written[0], also):
+            chunk = self._streams.chunk(written[0])
+            if len(units) <= chunk and self._streams.take(func, info, args, kwargs, written[0], also):
                 return args[0]
             if len(units) > 1:
                 parts = split(args, written[0], chunk if len(units) > chunk else 1)
                 if parts:
-                    self._settle(targets)
+                    self._hands.settle(targets)
                     held = [unit for unit in self._hands.mine().units if unit in units] or also
                     for part_args in parts:
                         self._run(func, info, part_args, kwargs, self._targets_of(part_args), held)
@@ -265,118 +270,27 @@ class Writes:
         if any(unit.final for t in quantized for unit in t.units):
             return self._verify(func, info, args, kwargs, targets)
         if quantized:  # what this op reads is let go after it
-            self._settle(targets)
+            self._hands.settle(targets)
             self._hands.let_go(self._hands.mine(), [*units, *also])
-        before = [self._before(t, info, args, kwargs) for t in written]
+        before = [self._records.before(t, info, args, kwargs) for t in written]
         buffers = [self._writable(t, info, args, kwargs, targets) if t.written else self._readable(t) for t in targets]
         result = call(func, info, args, kwargs, targets, buffers, self.staging)
         for target, seen in zip(written, before, strict=True):
             if seen is not None:
                 seen.append(str(target))
-            self._record(target, info, args, buffers[targets.index(target)])
+            self._records.add(target, info, args, buffers[targets.index(target)])
+            for unit in target.units:
+                if unit.scheme is None and not unit.final and unit.coverage.complete:
+                    self._hands.pass_through(unit)
         self._release(targets, buffers)
         self._hands.hold_units(unit for t in quantized for unit in t.units)
         return result
-
-    def _settle(self, targets):
-        """What threads hold open of the targets' elements goes where it can be read and changed."""
-        for target in targets:
-            for unit in target.units if target.tracked.entry.scheme else ():
-                for shard in list(unit.shards):
-                    if target.meets(shard.box):
-                        self._hands.keep(shard)
 
     def _refuse_streamed(self, target):
         """Raise where elements that an op has to see are quantized already."""
         for unit in target.units:
             if unit.streamed is not None and any(map(target.meets, unit.streamed.written())):
-                raise _streamed_error(target, unit, "cannot be read")
-
-    def _chunk(self, target):
-        """How many units one launch takes."""
-        tracked = target.tracked
-        if not tracked.streams or not target.units:
-            return 1
-        elements = max(target.tensor.numel() // len(target.units), 1)
-        return max(CHUNK_BYTES // (elements * tracked.entry.dtype.itemsize), 1)
-
-    def _stream(self, func, info, args, kwargs, target, also):
-        """Take a copy into a rectangle of units as a shard, held open and then quantized without their buffers;
-        returns whether it could be."""
-        tracked, units = target.tracked, target.units
-        if not tracked.streams or not units or not target.in_elements or any(unit.final for unit in units):
-            return False
-        found = target.rectangle()
-        if found is None or tracked.whole_groups(found[0]) is None and units[0].streamed is None:
-            return False
-        box, strides = found
-        overlap = any(unit.coverage.overlap_box(box) for unit in units)
-        if overlap and len(units) > 1:
-            return False
-        if overlap:
-            self._settle([target])
-            if units[0].streamed is None or not units[0].streamed.overlap_box(box):
-                return False
-        elif tracked.whole_groups(box) is None:
-            return False
-        self._hands.let_go(self._hands.mine(), [*units, *also])
-        buffer = self._arrive(func, info, args, kwargs, target, box, strides)
-        self._count(target, info, args)
-        if overlap:
-            self._replace(target, units[0], box, buffer)
-            self.staging.release(buffer)
-        else:
-            self._hands.hold(self._hands.mine(), Shard(tracked, target.first, units, box, buffer))
-        return True
-
-    def _arrive(self, func, info, args, kwargs, target, box, strides):
-        """What a copy writes into a rectangle of units, as a buffer `[units, rows, columns]` of its own."""
-        dtype = target.units[0].dtype_for(source_dtype(target, info, args, [target]))
-        buffer = self.staging.empty((len(target.units), box[1] - box[0], box[3] - box[2]), dtype)
-        try:
-            into = buffer.as_strided(target.sizes, strides, buffer.storage_offset())
-            with named(func, [target]):
-                write(func, info, into, args, kwargs, self.staging)
-        except BaseException:
-            self.staging.release(buffer)
-            raise
-        return buffer
-
-    def _replace(self, target, unit, box, buffer):
-        """Values for a rectangle of which some is quantized: its whole groups are quantized again, and those that it
-        has a part of have to stay as they are."""
-        values, whole = buffer[0], unit.tracked.whole_groups(box)
-        edges = around(whole, box) if whole else [box]
-        for edge in edges:
-            for inner in unit.streamed.written(edge):
-                if not unit.same_codes(part(values, box, inner), inner):
-                    raise _streamed_error(target, unit, "cannot be changed in part")
-        changed = False
-        for inner in unit.staged(box):
-            held = unit.open()[inner[0] : inner[1], inner[2] : inner[3]]
-            changed = changed or not torch.equal(held, part(values, box, inner).to(held.dtype))
-        for edge in edges:
-            for inner in unit.streamed.missing(edge):
-                unit.stage(inner, part(values, box, inner))
-        if whole:
-            changed = self._quantize_again(unit, whole, part(values, box, whole)) or changed
-            unit.add_streamed(whole)
-        if changed and target.tied and unit.coverage.complete:
-            raise _tied_conflict(target)
-        (self.report.rewrites if changed else self.report.duplicates).append(str(target))
-        unit.coverage.add_box(box)
-        self._hands.hold_units([unit])
-
-    def _quantize_again(self, unit, box, values):
-        """Quantize whole groups; returns whether codes or scales of those that were quantized already have changed."""
-        tracked = unit.tracked
-        results = [tracked.result_of(unit.number, 1, inner) for inner in unit.streamed.written(box)]
-        before = [(q.clone(), scale.clone()) for q, scale in results]
-        tracked.quantize(unit.number, 1, box, values[None])
-        return not all(
-            torch.equal(_bytes(q), _bytes(new_q)) and torch.equal(_bytes(scale), _bytes(new_scale))
-            for (q, scale), (new_q, new_scale) in zip(before, results, strict=True)
-        )
+                raise streamed_error(target, unit, "cannot be read")
 
     def _readable(self, target):
         """Real memory that holds what was written to the target's units."""
@@ -427,91 +341,6 @@ class Writes:
             if len(target.units) > 1:
                 self.staging.release(buffer)
 
-    def _before(self, target, info, args, kwargs):
-        """The list of the report that this write belongs on, if its elements were written before."""
-        if len(target.units) != 1:
-            return None
-        (unit,) = target.units
-        count = unit.coverage.overlap(target.region)
-        if not count:
-            return None
-        if not self._changes(target, unit, info, args, whole=count == target.region.numel):
-            return self.report.duplicates
-        if target.tied and info.replaces(args, kwargs) and unit.coverage.complete and not unit.read_since_write:
-            raise _tied_conflict(target)
-        return self.report.rewrites
-
-    def _changes(self, target, unit, info, args, whole):
-        """Would this write change what was written? Compared in pieces; what cannot be compared does."""
-        if info.name == "zero_":
-            value = torch.zeros((), device=self.device)
-        elif info.name in ("copy_", "fill_"):
-            value = torch.as_tensor(args[1])
-        else:
-            return True
-        if value.is_meta:  # another tracked tensor
-            return True
-        view, whole = target.view(unit.open()), whole and unit.streamed is None
-        if not whole and view.shape != target.sizes:
-            return True
-        value = value.expand(view.shape)
-        written = None if whole else target.region.of(unit.staged_mask())
-        if not view.ndim:
-            view, value = view[None], value[None]
-            written = written if written is None else written[None]
-        step = max(COMPARE_ELEMENTS // max(view[:1].numel(), 1), 1)
-        for start in range(0, len(view), step):
-            piece = slice(start, start + step)
-            differ = view[piece] != value[piece].to(view.device)
-            if bool(differ.any() if written is None else (differ & written[piece]).any()):
-                return True
-        return False
-
-    def _record(self, target, info, args, buffer):
-        """Note what a write has written."""
-        self._count(target, info, args)
-        streamed = any(unit.streamed is not None for unit in target.units)
-        if len(target.units) == 1 and info.mark is None and not streamed:
-            (unit,) = target.units
-            unit.coverage.add(target.region)
-        elif target.units:
-            written = self._written_mask(target, info, args)
-            for i, unit in enumerate(target.units):
-                values = buffer[i] if len(target.units) > 1 else buffer
-                for box in unit.streamed.written() if unit.streamed is not None else ():
-                    if not unit.same_codes(part(values, (0, 0, 0, 0), box), box, written[i]):
-                        raise _streamed_error(target, unit, "cannot be changed in part")
-                if len(target.units) > 1:
-                    unit.open(buffer.dtype).copy_(buffer[i])
-                if target.region is not None and info.mark is None:
-                    unit.coverage.add(target.region)
-                else:
-                    unit.coverage.add_mask(written[i])
-        for unit in target.units:
-            unit.read_since_write = False
-            if unit.scheme is None and not unit.final and unit.coverage.complete:
-                self._hands.pass_through(unit)
-
-    def _count(self, target, info, args):
-        source = args[1] if info.is_copy and isinstance(args[1], torch.Tensor) else target.tensor
-        self.report.shards += 1
-        self.report.bytes_in += target.tensor.numel() * source.element_size()
-
-    def _written_mask(self, target, info, args):
-        """Bool `[units, N, K]`: the elements that the op has written."""
-        unit = target.units[0]
-        written = torch.zeros((len(target.units), *unit.shape), dtype=torch.bool, device=self.device)
-        view = written.as_strided(target.sizes, target.strides, target.offset)
-        if info.mark is None:
-            view.fill_(True)
-        elif view.shape != target.tensor.shape:
-            raise LoadError(f"{target}: {info.name} must be called on elements, not on a {target.tensor.dtype} view")
-        else:
-            mark = torch.zeros(view.shape, dtype=torch.bool, device=written.device)
-            info.mark(mark, *args[1:])
-            view.copy_(mark)
-        return written
-
     def _verify(self, func, info, args, kwargs, targets):
         """A write to what is quantized: it must say what was said before."""
         written = [t for t in targets if t.written]
@@ -523,38 +352,22 @@ class Writes:
         rectangle = target.rectangle() if info.name in _COPIES and target.in_elements and len(targets) == 1 else None
         if rectangle is not None:
             box, strides = rectangle
-            values, result = self._arrive(func, info, args, kwargs, target, box, strides)[0], args[0]
+            values, result = self._streams.arrive(func, info, args, kwargs, target, box, strides)[0], args[0]
             same = unit.same_codes(values, box)
         else:
             values = self.staging.empty(unit.shape, unit.dtype_for(source_dtype(target, info, args, targets)))
             buffers = [values if t is target else self._readable(t) for t in targets]
             result = call(func, info, args, kwargs, targets, buffers, self.staging)
             self._release([t for t in targets if t is not target], [b for b in buffers if b is not values])
-            mask = self._written_mask(target, info, args)[0]
+            mask = self._records.written_mask(target, info, args)[0]
             same = unit.same_codes(values, (0, unit.shape[0], 0, unit.shape[1]), mask)
         self.staging.release(values)
         if not same:
             raise ConflictingShardError(f"{target}: it is quantized already, and other values arrived now")
-        self._count(target, info, args)
+        self._records.count(target, info, args)
         self.report.duplicates.append(str(target))
         return result
 
     def _targets_of(self, args):
         found = (self.find(x, written=i == 0) for i, x in enumerate(args) if isinstance(x, torch.Tensor))
         return [target for target in found if target]
-
-
-def _streamed_error(target, unit, what):
-    return LoadError(
-        f"{target} {what}: it is quantized already, as it arrived. For a loader that needs that, name the weight: "
-        f"`stream={{{unit.name!r}: False}}`"
-    )
-
-
-def _bytes(t):
-    return t.contiguous().view(torch.uint8)
-
-
-def _tied_conflict(target):
-    names = ", ".join(f"`{name}`" for name in target.tracked.entry.names)
-    return ConflictingShardError(f"{target}: other values arrived before; it is one tensor under the names {names}")

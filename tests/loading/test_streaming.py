@@ -293,7 +293,7 @@ def test_fused_expert_checkpoints(scheme, layout):
 def test_experts_of_one_copy_are_bounded(monkeypatch):
     """A layer of experts that arrives in one copy passes in chunks; a composed loader over more than one is refused by
     name, and works with `stream=False`."""
-    monkeypatch.setattr("fp8_kernels.loading.writes.CHUNK_BYTES", 3 * 64 * 32 * 2)
+    monkeypatch.setattr("fp8_kernels.loading.streams.CHUNK_BYTES", 3 * 64 * 32 * 2)
     experts = values(8, 64, 32)
 
     def copying(params):
