@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fp8_kernels as fk
 from fp8_kernels.errors import IncompleteLoadError, LoadError, NonFiniteWeightError, UnmatchedPatternError
 from fp8_kernels.loading import LayerwiseLoader
+from fp8_kernels.loading.poison import half_loaded
 
 from .helpers import SCHEMES, Model, assert_quantized, values
 
@@ -193,11 +194,20 @@ def _relayout(module):
         module.doubled = module.weight_scale.detach() * 2
 
 
-@pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_a_transaction_that_fails_at_any_op_changes_nothing(error):
+@pytest.mark.parametrize(
+    "scheme, error",
+    [
+        ("per_tensor", RuntimeError("injected")),
+        ("per_tensor", KeyboardInterrupt()),
+        ("per_channel", RuntimeError("injected")),
+        ("per_block", torch.OutOfMemoryError("out of memory")),
+    ],
+    ids=["error", "interrupt", "per_channel", "per_block-oom"],
+)
+def test_a_transaction_that_fails_at_any_op_changes_nothing(scheme, error):
     """Each op that a reload runs fails in turn, its commit's too: model, addresses and bytes are the old ones; at
     the end the very same model reloads."""
-    model = loaded("per_tensor", on_module=_relayout)
+    model = loaded(scheme, on_module=_relayout)
     state, before = new_state(2), memory(model)
     doubled = model.fc.doubled.clone()
 
@@ -218,8 +228,8 @@ def test_a_transaction_that_fails_at_any_op_changes_nothing(error):
         else:
             assert count < at
             break
-    assert at > 200
-    q, scale = fk.quantize(state["fc.weight"], "per_tensor")
+    assert at > 150
+    q, scale = fk.quantize(state["fc.weight"], scheme)
     assert memory(model)[0] == before[0]
     assert torch.equal(model.fc.weight.view(torch.uint8), q.t().view(torch.uint8))
     assert torch.equal(model.fc.doubled, scale * 2)
@@ -277,6 +287,37 @@ def test_a_streaming_reload_that_fails_marks_the_model():
     model.norm(x)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert memory(model)[0] == where
+
+
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "per_block"])
+def test_a_streaming_reload_that_fails_at_any_op_tells(scheme):
+    """Each op fails in turn: the old weights are there, bit for bit, or the model refuses; no address changes, and the
+    next reload heals it."""
+    model = loaded(scheme)
+    old, new = new_state(1), new_state(2)
+    (where, contents), x, at, refused = memory(model), torch.randn(2, 36).bfloat16(), 0, 0
+    while True:
+        at += 1
+        mode = FailAt(at, RuntimeError("injected"))
+        try:
+            with mode, LayerwiseLoader(model, reload="streaming"):
+                copy_in(model, new)
+            break
+        except RuntimeError:
+            pass
+        assert memory(model)[0] == where
+        if not all(torch.equal(data, contents[name]) for name, data in memory(model)[1].items()):
+            refused += 1
+            with pytest.raises(fk.PoisonedModelError):
+                LayerwiseLoader(model, "per_channel", device="cpu")
+            marked = model.get_submodule(half_loaded(model)[0].rpartition(".")[0])
+            with pytest.raises(fk.PoisonedModelError):
+                marked(x)
+        with LayerwiseLoader(model, reload="streaming"):
+            copy_in(model, old)
+        assert_serves(model, old, scheme)
+    assert refused > 20 and mode.count < at
+    assert_serves(model, new, scheme)
 
 
 @pytest.mark.parametrize("mode", MODES)
