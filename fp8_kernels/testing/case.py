@@ -26,6 +26,7 @@ NEEDS = {
     "progress": "the adapter appends to `session.finished` the name of each module whose tensors are final",
     "staged_bytes": "the adapter knows the most high-precision bytes that the load held at a time",
     "logical_shapes": "the loader can be told that a weight is padded",
+    "segments": "a fused weight can have a scale for each of its parts",
     "optional": "the loader can be told what a checkpoint may lack",
     "reads_back": "the loader can be told that a weight is read after others were written",
     "budget": "the loader can be told how many bytes of high precision it may hold",
@@ -105,9 +106,9 @@ class Load:
             the session and the module, in a layout that nothing has changed yet.
         on_finish: likewise of the model, when every module is.
         facts: what the engine has to tell its loader about this model or checkpoint. Keys: `ignore`, `optional`
-            (patterns), `logical_shapes` (pattern -> shape), `staging_budget` (bytes), `reads_back` (parameters that the
-            loader reads after it wrote something else), `scope` (patterns), `offload` (patterns), `scale_group`
-            (patterns of weights whose scales span all ranks of torch.distributed).
+            (patterns), `logical_shapes` (pattern -> shape), `segments` (pattern -> rows of each part), `staging_budget`
+            (bytes), `reads_back` (parameters that the loader reads after it wrote something else), `scope` (patterns),
+            `offload` (patterns), `scale_group` (patterns of weights whose scales span all ranks of torch.distributed).
         mode: "first", or over a loaded model "transactional" (a failure leaves the old weights) or "streaming".
         retained_bytes: at most so many bytes of sources may be alive after any call of a loader.
         staged_bytes: at most so many high-precision bytes may have been held at a time.

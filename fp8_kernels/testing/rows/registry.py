@@ -67,7 +67,7 @@ def _case(row, draft, scheme):
     model = functools.partial(Weights, **draft.model) if isinstance(draft.model, Mapping) else draft.model
     needs = set(draft.needs)
     for load in loads:
-        needs |= {"optional", "logical_shapes", "offload", "scale_group"} & load.facts.keys()
+        needs |= {"optional", "logical_shapes", "segments", "offload", "scale_group"} & load.facts.keys()
         needs |= {"partial"} if "scope" in load.facts else set()
         needs |= {"budget"} if "staging_budget" in load.facts else set()
         needs |= {"reload"} if load.mode != "first" else set()

@@ -140,6 +140,19 @@ def per_tensor_scale_of_fused_qkv(scheme):
     w = values(9, 36)
     writes = [Write("qkv.weight", w[i : i + 3], rows_of(i, i + 3)) for i in (6, 0, 3)]
     yield Draft("", {"qkv": (9, 36)}, Load(writes, {"qkv.weight": w}))
+    if scheme != "per_tensor":
+        return
+
+    def check(session):
+        q, scale = session.adapter.result(session.model, "qkv.weight")
+        assert scale.numel() == 3, f"{scale.numel()} scales for three segments"
+        for i in range(3):
+            alone, alone_scale = session.adapter.expected(w[3 * i : 3 * i + 3], scheme)
+            assert_same_bits(q[3 * i : 3 * i + 3].detach().cpu(), alone, f"segment {i}")
+            assert_same_bits(scale.detach().cpu().reshape(-1)[i], alone_scale, f"scale of segment {i}")
+
+    load = Load(writes, check=check, facts={"segments": {"qkv": (3, 3, 3)}})
+    yield Draft("segments", {"qkv": (9, 36)}, load)
 
 
 @row("C", "partial blocks at the edges; nothing is silently left in high precision")
