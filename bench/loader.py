@@ -179,7 +179,7 @@ def memory(device: torch.device, layers: int, scale_down: int) -> list[dict]:
     return results
 
 
-def host(device: torch.device, sweep: tuple[int, ...] = SWEEP, scale_down: int = 1, rounds: int = 5) -> dict:
+def host(device: torch.device, sweep: tuple[int, ...] = SWEEP, scale_down: int = 1, rounds: int = 9) -> dict:
     """Microseconds a shard, of the loader above plain parameters on the same device."""
     found: dict = {"experts": {}, "sweep": {}}
     rows, cols = max(1408 // scale_down, 1), max(2048 // scale_down, 1)
@@ -187,24 +187,21 @@ def host(device: torch.device, sweep: tuple[int, ...] = SWEEP, scale_down: int =
     if device.type == "cuda":
         kinds |= {"pinned": torch.Tensor.pin_memory, "device": lambda t: t.to(device)}
     for kind, place in kinds.items():
-        shard = place(torch.randn(rows, cols).bfloat16())
-        times: dict[str, list[float]] = {}
-        for _ in range(rounds):
-            for scheme in (None, "per_channel", "per_tensor"):
-                times.setdefault(str(scheme), []).append(_timed(device, scheme, 60, shard))
-        found["experts"][kind] = _above(times)
+        found["experts"][kind] = _above(device, 60, place(torch.randn(rows, cols).bfloat16()), rounds)
     shard = torch.randn(SMALL[0] // 2, SMALL[1]).bfloat16()
     for count in sweep:
-        times = {}
-        for _ in range(3 if count > 1_000 else rounds):
-            for scheme in (None, "per_channel", "per_tensor"):
-                times.setdefault(str(scheme), []).append(_timed(device, scheme, count // 2, shard))
-        found["sweep"][str(count)] = _above(times)
+        found["sweep"][str(count)] = _above(device, count // 2, shard, 3 if count > 1_000 else rounds)
     return found
 
 
-def _above(times):
-    """Medians over the rounds, and what is above plain parameters."""
+def _above(device, num_experts, shard, rounds):
+    """Medians over rounds of plain parameters and ours in turns, and what is above plain ones."""
+    times: dict[str, list[float]] = {"None": [], "per_channel": [], "per_tensor": []}
+    for i in range(rounds + 1):
+        for scheme, each in times.items():
+            count = num_experts if i else min(num_experts, 60)  # the first round loads kernels and wakes the allocator
+            seconds = _timed(device, None if scheme == "None" else scheme, count, shard)
+            each += [seconds] if i else []
     medians = {name: round(statistics.median(each), 2) for name, each in times.items()}
     plain = medians.pop("None")
     return {"plain": plain, **{name: {"us": us, "above": round(us - plain, 2)} for name, us in medians.items()}}

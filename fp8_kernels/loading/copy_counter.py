@@ -170,7 +170,7 @@ def _copy(writes, func, args, kwargs):
     if (
         len(args) == 2
         and isinstance(args[1], torch.Tensor)
-        and (not kwargs or list(kwargs) == ["non_blocking"])
+        and (not kwargs or (len(kwargs) == 1 and "non_blocking" in kwargs))
         and _num_modes() == 1
         and type(destination).__torch_dispatch__ is _NO_DISPATCH
     ):

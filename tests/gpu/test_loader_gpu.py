@@ -7,7 +7,7 @@ import torch
 
 import fp8_kernels as fk
 from fp8_kernels.errors import ConflictingShardError, IncompleteLoadError, NonFiniteWeightError
-from fp8_kernels.loading import LayerwiseLoader
+from fp8_kernels.loading import LayerwiseLoader, arrivals
 
 from ..loading.helpers import SCHEMES, Model, assert_quantized, values
 
@@ -76,6 +76,19 @@ def test_segments(source):
         for start, end in ((1036, 1100), (0, 500), (500, 1036)):
             model.qkv.weight.data[start:end].copy_(w[start:end].to(source))
     assert_quantized(model, "qkv.weight", w, scheme)
+
+
+@pytest.mark.parametrize("source", ["cpu", "cuda", "mixed"])
+def test_maxima_that_come_with_the_shards(source, monkeypatch):
+    """A large unit with one scale: the bytes of the whole, where its maximum came with the copies and where not."""
+    monkeypatch.setattr(arrivals, "ACCUMULATE_BYTES", 1 << 20)
+    model, w = Model(fc=(1025, 1000)), values(1025, 1000)
+    with LayerwiseLoader(model, "per_tensor", device="cuda"):
+        for i, start in enumerate((1000, 0, 500)):
+            shard = w[start : start + 500] if start < 1000 else w[start:]
+            on_device = source == "cuda" or (source == "mixed" and i)
+            model.fc.weight.data[start : start + 500].copy_(shard.cuda() if on_device else shard)
+    assert_quantized(model, "fc.weight", w, "per_tensor")
 
 
 def test_a_failed_load_gives_all_memory_back():

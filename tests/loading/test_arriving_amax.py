@@ -1,4 +1,4 @@
-"""Large units with one scale: their maximum comes with the shards, and is forgotten where a write may lower it."""
+"""Large units with one scale: their maximum comes with the copies, and is forgotten where a write may lower it."""
 
 import pytest
 import torch
@@ -52,6 +52,16 @@ def test_the_bytes_of_the_whole(kind, source, spilled, given):
         assert_quantized(model, f"{name}.weight", w, "per_tensor")
     wanted = {name: fk.amax(w).item() for name, w in weights.items()}
     assert given == ([wanted["a"]] if kind == "shards" else [None]) + [wanted["b"]]
+
+
+def test_a_shard_of_another_dtype_is_looked_at_in_the_end(given):
+    """Copy and maximum are one op for equal dtypes only; any other shard leaves the maximum to completion."""
+    w, model = values(64, 96, dtype=torch.float16), Model(fc=(64, 96))
+    with LayerwiseLoader(model, "per_tensor", device="cpu"):
+        model.fc.weight.data[:32].copy_(w[:32].bfloat16())
+        model.fc.weight.data[32:].copy_(w[32:])
+    assert given == [None]
+    assert_quantized(model, "fc.weight", torch.cat([w[:32].bfloat16().float(), w[32:].float()]), "per_tensor")
 
 
 def test_nan_is_kept(given):
