@@ -116,7 +116,8 @@ class BuildNative(build_ext):
             call(cxx, *CPU_FLAGS, *flags, f"-I{torch_root / 'include'}", "-c", ROOT / source, "-o", output)
 
         compile_all(compile_one, units, outputs)
-        call(cxx, "-shared", "-o", target, *outputs, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch")
+        libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lpthread", "-ldl"]
+        call(cxx, "-shared", "-o", target, *outputs, *libraries)
 
     def build_cuda(self, ext, target, objects, torch_root):
         nvcc = find_nvcc()

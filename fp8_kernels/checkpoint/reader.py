@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .safetensors_file import DTYPES, num_bytes
+from .safetensors_file import DTYPES, data_offset, num_bytes
 
 # What a folder may hold, in the order in which Hugging Face libraries look for it.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -26,11 +26,18 @@ _REMAP_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor; `file` is the name of the file in the checkpoint's folder."""
+    """What a header says of a tensor.
+
+    Attributes:
+        dtype, shape: of it.
+        file: the name of the file in the checkpoint's folder.
+        offset: of its first byte in the file; None where the file is no safetensors file.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str
+    offset: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -175,11 +182,13 @@ def _read_header(path):
         return {name: TensorInfo(t.dtype, tuple(t.shape), path.name) for name, t in _load_pickle(path).items()}
     infos = {}
     with _open_safetensors(path) as file:
-        for name in file.offset_keys():
+        offset = data_offset(path)
+        for name in file.offset_keys():  # the format allows no gaps, and the library has checked that there are none
             header = file.get_slice(name)
             if header.get_dtype() not in DTYPES:
                 raise CheckpointError(f"{path}: `{name}` is {header.get_dtype()}, which torch cannot hold")
-            infos[name] = TensorInfo(DTYPES[header.get_dtype()], tuple(header.get_shape()), path.name)
+            info = infos[name] = TensorInfo(DTYPES[header.get_dtype()], tuple(header.get_shape()), path.name, offset)
+            offset += info.num_bytes
     return infos
 
 

@@ -141,6 +141,12 @@ class SafetensorsWriter:
         return CheckpointError(f"cannot write {self.path} ({self.num_bytes} bytes): {error.strerror or error}")
 
 
+def data_offset(path: Path) -> int:
+    """Where in a safetensors file the first tensor begins."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where the system can."""
     try:

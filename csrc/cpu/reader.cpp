@@ -1,0 +1,462 @@
+// Bytes of files and of host memory to a device as fast as the machine moves them; fp8_kernels/loading/engine.py calls
+// this through ctypes.
+//
+// A transfer takes chunks, runs of bytes, in the order in which they are needed. Threads read them into a ring of
+// page-locked slots; one more thread enqueues the copy of each to the device as soon as it is read. None of them
+// touches Python, so neither reading nor copying waits for the interpreter.
+#include <errno.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "driver.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace fp8_kernels::cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int64_t kPage = 4096;  // alignment of direct reads
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kRun = 4 << 20;  // of a plain read, for one thread
+
+// These three are mirrored in engine.py.
+struct Chunk {
+  int64_t fd;      // -1: host memory
+  int64_t offset;  // in the file; an address for host memory
+  int64_t bytes;
+  uint64_t to;    // address on the device
+  int64_t group;  // chunks of a group follow each other; groups count from 0
+  int64_t after;  // copies of this group come after the release of that one; -1 for none
+};
+
+struct Options {
+  int64_t num_threads;
+  int64_t max_groups;  // that may be between being copied and being released
+  int64_t direct;      // files are open with O_DIRECT
+  int64_t on_device;   // 0: copy from host to host
+  uint64_t stream;     // of the copies
+};
+
+struct Counters {
+  int64_t bytes, read_ns, slot_wait_ns, pin_ns, release_wait_ns, pinned_bytes, unpinned_slots;
+};
+
+int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+int64_t nanoseconds_since(Clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+}
+
+// Bytes [offset, offset + bytes) of a file to `to`. With `direct` whole pages around them are read, to memory that is
+// aligned and two pages larger. Returns how far behind `to` they begin, -1 at the file's end, or -1 - errno.
+int64_t read_run(int64_t fd, int64_t offset, int64_t bytes, char* to, bool direct) {
+  const int64_t lead = direct ? offset % kPage : 0;
+  const int64_t first = offset - lead, needed = lead + bytes;
+  const int64_t wanted = direct ? ceil_to(needed, kPage) : needed;
+  int64_t done = 0;
+  while (done < needed) {
+    const ssize_t got = pread(static_cast<int>(fd), to + done, wanted - done, first + done);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return -1 - errno;
+    done += got;
+    if (done >= needed) break;
+    if (direct) done = done / kPage * kPage;  // where the next read may begin
+    if (got == 0 || (direct && got < kPage)) return -1;
+  }
+  return lead;
+}
+
+// Slots of host memory in huge pages, each page-locked when it is first used, by the thread that uses it.
+class Ring {
+ public:
+  Ring(int64_t slot_bytes, int64_t num_slots) : slot_bytes_(ceil_to(slot_bytes + 2 * kPage, kPage)), state_(num_slots) {
+    mapped_bytes_ = slot_bytes_ * num_slots + kHugePage;
+    void* memory = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mapped_ = memory;
+    base_ = reinterpret_cast<char*>(ceil_to(reinterpret_cast<intptr_t>(memory), kHugePage));
+#ifdef MADV_HUGEPAGE
+    madvise(base_, slot_bytes_ * num_slots, MADV_HUGEPAGE);
+#endif
+#ifdef MADV_DONTFORK
+    madvise(base_, slot_bytes_ * num_slots, MADV_DONTFORK);  // a child would write into pages that a device reads
+#endif
+  }
+
+  ~Ring() {
+    for (int64_t i = 0; i < num_slots(); ++i) {
+      if (state_[i] == kPinned) Driver::get()->host_unregister(slot(i));
+    }
+    munmap(mapped_, mapped_bytes_);
+  }
+
+  int64_t num_slots() const { return static_cast<int64_t>(state_.size()); }
+  int64_t slot_bytes() const { return slot_bytes_; }
+  char* slot(int64_t i) const { return base_ + i * slot_bytes_; }
+
+  // Called by one thread at a time for a slot. Where the system refuses, the slot stays as it is: copies out of it are
+  // slower, and right.
+  void prepare(int64_t i) {
+    if (state_[i] != kUnused) return;
+    for (int64_t at = 0; at < slot_bytes_; at += kPage) slot(i)[at] = 0;  // here, not in the driver under its lock
+    state_[i] = Driver::get()->host_register(slot(i), slot_bytes_, Driver::kPortable) == 0 ? kPinned : kRefused;
+  }
+
+  int64_t count(char state) const { return std::count(state_.begin(), state_.end(), state); }
+
+  static constexpr char kUnused = 0, kPinned = 1, kRefused = 2;
+
+ private:
+  int64_t slot_bytes_, mapped_bytes_;
+  std::vector<std::atomic<char>> state_;
+  void* mapped_ = nullptr;
+  char* base_ = nullptr;
+};
+
+// As many threads as the system gives.
+template <typename Function>
+void start_threads(std::vector<std::thread>& threads, int64_t count, const Function& work) {
+  threads.reserve(threads.size() + count);
+  try {
+    for (int64_t i = 0; i < count; ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {
+  }
+}
+
+class Transfer {
+ public:
+  Transfer(Ring& ring, const Options& options) : ring_(ring), options_(options), num_slots_(ring.num_slots()) {
+    if (options_.on_device) {
+      driver_ = Driver::get();
+      if (driver_ == nullptr || driver_->context_get(&context_) != 0 || context_ == nullptr) {
+        driver_ = nullptr;
+        fail("no CUDA context is current");
+        return;
+      }
+      slot_events_.resize(num_slots_);
+      group_events_.resize(options_.max_groups), release_events_.resize(options_.max_groups);
+      for (auto* events : {&slot_events_, &group_events_, &release_events_}) {
+        for (void*& event : *events) check(driver_->event_create(&event, Driver::kNoTiming), "cuEventCreate");
+      }
+    }
+    start_threads(threads_, 1, [this] { run(&Transfer::copy_chunks); });
+    start_threads(threads_, options_.num_threads, [this] { run(&Transfer::read_chunks); });
+    if (threads_.size() < 2) fail("no thread can be started");
+  }
+
+  ~Transfer() {
+    stop();
+    for (std::thread& thread : threads_) thread.join();
+    // What was enqueued reads the slots until it is done.
+    for (int64_t i = std::max<int64_t>(0, issued_ - num_slots_); driver_ != nullptr && i < issued_; ++i) {
+      while (driver_->event_query(slot_events_[i % num_slots_]) == Driver::kNotReady) std::this_thread::yield();
+    }
+    for (auto* events : {&slot_events_, &group_events_, &release_events_}) {
+      for (void* event : *events) {
+        if (event != nullptr) driver_->event_destroy(event);
+      }
+    }
+  }
+
+  void add(const Chunk* chunks, int64_t count) {
+    {
+      std::lock_guard lock(mutex_);
+      for (int64_t i = 0; i < count; ++i) chunks_.push_back({chunks[i], kNotRead});
+    }
+    added_.notify_all();
+    copier_.notify_one();
+  }
+
+  // Waits until the copies of a group are enqueued, and then lets `stream` come after them; returns whether they are.
+  // What they were read from may change then.
+  bool wait(int64_t group, bool follow, void* stream) {
+    {
+      std::unique_lock lock(mutex_);
+      group_issued_.wait(lock, [&] { return stopped_ || groups_issued_ > group; });
+      if (groups_issued_ <= group) return false;
+    }
+    return driver_ == nullptr || !follow ||
+           check(driver_->stream_wait(stream, group_events_[group % options_.max_groups], 0), "cuStreamWaitEvent");
+  }
+
+  // What is enqueued on `stream` now is the last that uses where the groups up to this one were copied to.
+  bool release(int64_t group, void* stream) {
+    if (driver_ != nullptr &&
+        !check(driver_->event_record(release_events_[group % options_.max_groups], stream), "cuEventRecord")) {
+      return false;
+    }
+    {
+      std::lock_guard lock(mutex_);
+      released_ = group + 1;
+    }
+    copier_.notify_one();
+    return true;
+  }
+
+  void stop() {
+    {
+      std::lock_guard lock(mutex_);
+      stopped_ = true;
+    }
+    notify();
+  }
+
+  // The first error, and the group that it is of, or -1.
+  std::pair<int64_t, std::string> error() {
+    std::lock_guard lock(mutex_);
+    return {failed_group_, error_};
+  }
+
+  Counters counters() const {
+    return {bytes_, read_ns_, slot_wait_ns_, pin_ns_, release_wait_ns_, ring_.count(Ring::kPinned) * ring_.slot_bytes(),
+            ring_.count(Ring::kRefused)};
+  }
+
+ private:
+  static constexpr int32_t kNotRead = -1;
+
+  struct State {
+    Chunk chunk;
+    int32_t lead;  // where it begins in its slot, once it is read
+  };
+
+  void run(void (Transfer::*work)()) {
+    if (driver_ != nullptr && !check(driver_->context_set(context_), "cuCtxSetCurrent")) return;
+    try {
+      (this->*work)();
+    } catch (const std::exception& error) {
+      fail(error.what());
+    }
+  }
+
+  void read_chunks() {
+    for (;;) {
+      Chunk chunk;
+      int64_t i, slot;
+      {
+        std::unique_lock lock(mutex_);
+        i = next_++, slot = i % num_slots_;
+        added_.wait(lock, [&] { return stopped_ || i < num_chunks(); });
+        const auto start = Clock::now();
+        chunk_issued_.wait(lock, [&] { return stopped_ || issued_ > i - num_slots_; });
+        if (stopped_) return;
+        slot_wait_ns_ += nanoseconds_since(start);
+        chunk = chunks_[i].chunk;
+      }
+      if (driver_ != nullptr && !free_slot(i, slot)) return;
+      const auto start = Clock::now();
+      int64_t lead = 0;
+      if (chunk.fd < 0) {
+        memcpy(ring_.slot(slot), reinterpret_cast<const void*>(chunk.offset), chunk.bytes);
+      } else {
+        lead = read_run(chunk.fd, chunk.offset, chunk.bytes, ring_.slot(slot), options_.direct);
+      }
+      read_ns_ += nanoseconds_since(start);
+      if (lead < 0) {
+        fail(lead == -1 ? "the file ends before its header says" : strerror(static_cast<int>(-1 - lead)), chunk.group);
+        return;
+      }
+      bytes_ += chunk.bytes;
+      bool is_next;
+      {
+        std::lock_guard lock(mutex_);
+        chunks_[i].lead = static_cast<int32_t>(lead);
+        is_next = i == issued_;
+      }
+      if (is_next) copier_.notify_one();
+    }
+  }
+
+  // Waits for the copy that was enqueued last out of a slot.
+  bool free_slot(int64_t i, int64_t slot) {
+    const auto start = Clock::now();
+    if (i < num_slots_) {
+      ring_.prepare(slot);
+      pin_ns_ += nanoseconds_since(start);
+      return true;
+    }
+    int error;
+    while ((error = driver_->event_query(slot_events_[slot])) == Driver::kNotReady) {
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+    slot_wait_ns_ += nanoseconds_since(start);
+    return check(error, "cuEventQuery");
+  }
+
+  void copy_chunks() {
+    int64_t group = -1;  // that the last chunk was of
+    for (int64_t i = 0;; ++i) {
+      const int64_t slot = i % num_slots_;
+      Chunk chunk;
+      const char* from;
+      bool first, last;
+      {
+        std::unique_lock lock(mutex_);
+        copier_.wait(lock, [&] { return stopped_ || (i < num_chunks() && chunks_[i].lead != kNotRead); });
+        if (stopped_) return;
+        chunk = chunks_[i].chunk, from = ring_.slot(slot) + chunks_[i].lead;
+        // Groups are added whole.
+        first = chunk.group != group, group = chunk.group;
+        last = i + 1 == num_chunks() || chunks_[i + 1].chunk.group != group;
+        if (first && released_ <= chunk.after) {
+          const auto start = Clock::now();
+          copier_.wait(lock, [&] { return stopped_ || released_ > chunk.after; });
+          release_wait_ns_ += nanoseconds_since(start);
+          if (stopped_) return;
+        }
+      }
+      if (driver_ == nullptr) {
+        memcpy(reinterpret_cast<void*>(chunk.to), from, chunk.bytes);
+      } else if (!enqueue(chunk, from, slot, first, last)) {
+        return;
+      }
+      {
+        std::lock_guard lock(mutex_);
+        ++issued_;
+        if (last) groups_issued_ = group + 1;
+      }
+      chunk_issued_.notify_all();
+      if (last) group_issued_.notify_all();
+    }
+  }
+
+  int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
+
+  bool enqueue(const Chunk& chunk, const char* from, int64_t slot, bool first, bool last) {
+    void* stream = reinterpret_cast<void*>(options_.stream);
+    if (first && chunk.after >= 0) {
+      void* released = release_events_[chunk.after % options_.max_groups];
+      if (!check(driver_->stream_wait(stream, released, 0), "cuStreamWaitEvent")) return false;
+    }
+    void* copied = group_events_[chunk.group % options_.max_groups];
+    return check(driver_->copy_to_device(chunk.to, from, chunk.bytes, stream), "cuMemcpyHtoDAsync") &&
+           check(driver_->event_record(slot_events_[slot], stream), "cuEventRecord") &&
+           (!last || check(driver_->event_record(copied, stream), "cuEventRecord"));
+  }
+
+  bool check(int error, const char* call) {
+    if (error == 0) return true;
+    const char* name = nullptr;
+    driver_->error_name(error, &name);
+    fail(std::string(call) + ": " + (name != nullptr ? name : std::to_string(error)));
+    return false;
+  }
+
+  void fail(const std::string& what, int64_t group = -1) {
+    {
+      std::lock_guard lock(mutex_);
+      if (error_.empty()) error_ = what, failed_group_ = group;
+      stopped_ = true;
+    }
+    notify();
+  }
+
+  void notify() {
+    for (auto* waiting : {&added_, &copier_, &chunk_issued_, &group_issued_}) waiting->notify_all();
+  }
+
+  Ring& ring_;
+  const Options options_;
+  const int64_t num_slots_;
+  const Driver* driver_ = nullptr;
+  void* context_ = nullptr;
+  std::vector<void*> slot_events_, group_events_, release_events_;
+  std::vector<std::thread> threads_;
+  std::atomic<int64_t> bytes_{0}, read_ns_{0}, slot_wait_ns_{0}, pin_ns_{0}, release_wait_ns_{0};
+
+  std::mutex mutex_;  // of all that follows
+  std::condition_variable added_, copier_, chunk_issued_, group_issued_;
+  std::deque<State> chunks_;
+  int64_t next_ = 0, issued_ = 0, groups_issued_ = 0, released_ = 0;
+  bool stopped_ = false;
+  std::string error_;
+  int64_t failed_group_ = -1;
+};
+
+// Exceptions end here: the caller is C.
+template <typename Function>
+auto guarded(const Function& f, decltype(f()) otherwise) {
+  try {
+    return f();
+  } catch (const std::exception&) {
+    return otherwise;
+  }
+}
+
+EXPORT void* fp8_ring_create(int64_t slot_bytes, int64_t num_slots) {
+  return guarded([&] { return static_cast<void*>(new Ring(slot_bytes, num_slots)); }, nullptr);
+}
+EXPORT void fp8_ring_destroy(void* ring) { delete static_cast<Ring*>(ring); }
+
+EXPORT void* fp8_transfer_create(void* ring, const Options* options) {
+  return guarded([&] { return static_cast<void*>(new Transfer(*static_cast<Ring*>(ring), *options)); }, nullptr);
+}
+EXPORT int fp8_transfer_add(void* transfer, const Chunk* chunks, int64_t count) {
+  return guarded([&] { return static_cast<Transfer*>(transfer)->add(chunks, count), 1; }, 0);
+}
+EXPORT int fp8_transfer_wait(void* transfer, int64_t group, int follow, void* stream) {
+  return static_cast<Transfer*>(transfer)->wait(group, follow, stream);
+}
+EXPORT int fp8_transfer_release(void* transfer, int64_t group, void* stream) {
+  return static_cast<Transfer*>(transfer)->release(group, stream);
+}
+EXPORT int64_t fp8_transfer_error(void* transfer, char* text, int64_t size) {
+  const auto [group, what] = static_cast<Transfer*>(transfer)->error();
+  snprintf(text, size, "%s", what.c_str());
+  return group;
+}
+EXPORT void fp8_transfer_counters(void* transfer, Counters* counters) {
+  *counters = static_cast<Transfer*>(transfer)->counters();
+}
+EXPORT void fp8_transfer_destroy(void* transfer) { delete static_cast<Transfer*>(transfer); }
+
+// Rows of `row_bytes` that begin `stride` apart in a file, one below the other in memory; 0, or as read_run fails.
+EXPORT int64_t fp8_read_rows(int64_t fd, int64_t offset, int64_t stride, int64_t row_bytes, int64_t num_rows, void* to,
+                             int64_t num_threads) {
+  if (stride == row_bytes) {  // one run, cut for the threads
+    const int64_t total = row_bytes * num_rows;
+    stride = row_bytes = 1, num_rows = total;
+  }
+  const bool dense = row_bytes == 1 && stride == 1;
+  const int64_t per_task = std::max<int64_t>(1, kRun / std::max<int64_t>(1, row_bytes));
+  const int64_t tasks = (num_rows + per_task - 1) / per_task;
+  std::atomic<int64_t> next{0}, failed{0};
+  const auto work = [&] {
+    for (int64_t task = next++; task < tasks; task = next++) {
+      const int64_t begin = task * per_task, end = std::min(num_rows, begin + per_task);
+      for (int64_t row = begin; row < end && failed == 0; row = dense ? end : row + 1) {
+        char* at = static_cast<char*>(to) + row * row_bytes;
+        const int64_t result = read_run(fd, offset + row * stride, dense ? end - begin : row_bytes, at, false);
+        if (result < 0) failed = result;
+      }
+    }
+  };
+  return guarded(
+      [&] {
+        std::vector<std::thread> threads;
+        start_threads(threads, std::min(num_threads, tasks) - 1, work);
+        work();
+        for (std::thread& thread : threads) thread.join();
+        return failed.load();
+      },
+      int64_t{-1 - EAGAIN});
+}
+
+}  // namespace
+}  // namespace fp8_kernels::cpu

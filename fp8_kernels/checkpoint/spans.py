@@ -1,0 +1,134 @@
+"""Cutting a checkpoint's files into spans, runs of bytes that are moved to a device as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..loading.transfer import Span
+from .reader import Checkpoint, TensorInfo
+from .safetensors_file import num_bytes
+
+# Three fit into `transfer.RING_BYTES`; one holds the three weights of a usual expert.
+SPAN_BYTES = 18 << 20
+_ROWS = 128  # large tensors are cut at multiples of this, so that no block of scales is
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor, or some of its rows.
+
+    Attributes:
+        name: of the tensor.
+        start: of its first byte in the span.
+        shape, dtype: of the piece.
+        lead: indices of the leading dimensions that it is of one index of.
+        first: its first index along the dimension after those.
+        whole: whether it is all of the tensor.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    lead: tuple[int, ...] = ()
+    first: int = 0
+    whole: bool = True
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same part of a tensor of that name, as a view."""
+        if self.whole:
+            return tensor
+        return tensor[self.lead].narrow(0, self.first, self.shape[0])
+
+
+def make_spans(checkpoint: Checkpoint, limit: int = SPAN_BYTES) -> list[tuple[Span, list[Piece]]]:
+    """Every byte of every tensor of a checkpoint of safetensors files, in file order.
+
+    Tensors of one module, or of one expert, stay together where they fit into a span. A tensor that does not fit is cut
+    between rows.
+
+    Args:
+        limit: bytes of a span at most; one row of a tensor may have more.
+
+    Returns:
+        Spans, each with the pieces that it holds. Tensors without elements are pieces of a span of others, or of none
+        where there are no others.
+    """
+    spans = _Spans(limit)
+    for family in _families(checkpoint):
+        if not spans.has_room(sum(info.num_bytes for _, info in family)):
+            spans.close()
+        for name, info in family:
+            path = str(checkpoint.folder / info.file)
+            for piece, offset in _pieces(name, info, limit):
+                spans.add(path, offset, piece)
+    spans.close()
+    return spans.done
+
+
+class _Spans:
+    """Puts pieces one after the other into spans."""
+
+    def __init__(self, limit):
+        self.limit, self.done = limit, []
+        self._path, self._start, self._end, self._pieces = None, 0, 0, []
+
+    def has_room(self, size):
+        return self._end - self._start + size <= self.limit
+
+    def add(self, path, offset, piece):
+        size = num_bytes(piece.dtype, piece.shape)
+        if path != self._path or not self.has_room(size) or (offset - self._start) % piece.dtype.itemsize:
+            self.close()
+        if not self._pieces:
+            self._path, self._start, self._end = path, offset, offset
+        self._pieces.append((piece, offset - self._start))
+        self._end += size
+
+    def close(self):
+        if self._pieces:
+            pieces = [_moved(piece, start) for piece, start in self._pieces]
+            self.done.append((Span(self._path, self._start, self._end - self._start), pieces))
+        self._pieces = []
+
+
+def _families(checkpoint) -> Iterator[list[tuple[str, TensorInfo]]]:
+    """Runs of tensors that are leaves of the same module's children, `experts.3.up_proj.weight` and its neighbours."""
+    family, known = [], None
+    for name, info in checkpoint.metadata().items():
+        key = info.file, name.rsplit(".", 2)[0]
+        if key != known and family:
+            yield family
+            family = []
+        known = key
+        family.append((name, info))
+    if family:
+        yield family
+
+
+def _pieces(name, info, limit, lead=()):
+    """(piece, offset in the file)."""
+    shape, offset = info.shape[len(lead) :], info.offset
+    for i, index in enumerate(lead):
+        offset += index * num_bytes(info.dtype, info.shape[i + 1 :])
+    size = num_bytes(info.dtype, shape)
+    if size <= limit or not shape:
+        yield Piece(name, 0, shape, info.dtype, lead, 0, not lead), offset
+        return
+    row_bytes = num_bytes(info.dtype, shape[1:])
+    if row_bytes > limit and len(shape) > 2:
+        for index in range(shape[0]):
+            yield from _pieces(name, info, limit, (*lead, index))
+        return
+    step = max(limit // row_bytes, 1)
+    step = step // _ROWS * _ROWS or step
+    for first in range(0, shape[0], step):
+        rows = min(step, shape[0] - first)
+        yield Piece(name, 0, (rows, *shape[1:]), info.dtype, lead, first, False), offset + first * row_bytes
+
+
+def _moved(piece, start):
+    return Piece(piece.name, start, piece.shape, piece.dtype, piece.lead, piece.first, piece.whole)

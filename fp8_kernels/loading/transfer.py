@@ -1,0 +1,284 @@
+"""Host to device: spans of files, and tensors of the host, read by many threads and copied while others are read.
+
+How is decided by what the files are and what the machine is, see `Options.for_files`; `engine` does the work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CheckpointError, LoadError
+from .engine import HOST, MAX_GROUPS, Chunk, EngineError, NativeEngine, PythonEngine, native
+from .report import size_text
+
+RING_BYTES = 54 << 20  # of device memory where spans arrive, while others are used
+_ALIGNMENT = 512
+_MAX_THREADS = 14  # more do not read faster
+_PROBES = 16  # places of a file that are looked for in the page cache
+_COLD = 0.5  # with less of it in the page cache, a file is read from the disk
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of bytes of a file, at least one, that is moved as a whole."""
+
+    path: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How bytes are moved.
+
+    Attributes:
+        num_threads: that read.
+        chunk_bytes: that a thread reads at a time, into one slot.
+        num_slots: of page-locked memory.
+        direct: read past the page cache.
+    """
+
+    num_threads: int
+    chunk_bytes: int = 4 << 20
+    num_slots: int = 32
+    direct: bool = False
+
+    @staticmethod
+    def for_files(paths: Iterable[str | os.PathLike]) -> Options:
+        """What suits these files, as they are now, on this machine."""
+        sizes = {os.fspath(path): os.path.getsize(path) for path in paths}
+        total = sum(sizes.values())
+        cached = sum(cached_fraction(path) * size for path, size in sizes.items())
+        if cached >= _COLD * total:
+            return Options.for_memory()
+        return Options(num_threads=16, chunk_bytes=8 << 20, num_slots=32)
+
+    @staticmethod
+    def for_memory() -> Options:
+        """What suits what is in memory already."""
+        return Options(num_threads=max(min(_num_cores() - 2, _MAX_THREADS), 1))
+
+
+class Transfer:
+    """Moves bytes to a device. A context manager; to be used in one thread.
+
+    Whatever is moved arrives in the order in which it was sent, on a stream of its own.
+
+        with Transfer(device, Options.for_files(paths)) as transfer:
+            for span, memory in transfer.start(spans):
+                w = memory.view(0, torch.bfloat16, (num_rows, num_cols))  # until the next span is asked for
+
+    Args:
+        device: where to: CUDA, or the CPU, for which this is no faster than reading.
+        options: how.
+        ring_bytes: of device memory where spans arrive; more where a span is larger than half of it.
+    """
+
+    def __init__(self, device: torch.device | str, options: Options, ring_bytes: int = RING_BYTES):
+        self.device, self.options, self._ring_bytes = torch.device(device), options, ring_bytes
+        self._files: dict[str, int] = {}
+        self._engine = self._stream = self._counters = None
+        self._num_groups = 0
+        self._started, self._seconds = 0.0, None
+
+    def __enter__(self) -> Transfer:
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+        o, self._started = self.options, time.perf_counter()
+        engine = NativeEngine if native() is not None else PythonEngine
+        with self._on_device():
+            self._engine = engine(o.num_threads, o.chunk_bytes, o.num_slots, o.direct, self._stream)
+        return self
+
+    def __exit__(self, *exception):
+        self._seconds, self._counters = time.perf_counter() - self._started, self._engine.counters()
+        self._engine.close()
+        self._engine = None
+        for fd in self._files.values():
+            os.close(fd)
+        self._files = {}
+
+    def start(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Memory]]:
+        """Begin to move spans of files, before anything asks for them.
+
+        Returns:
+            An iterator of each span with its bytes on the device. What is enqueued on the current stream before the
+            next one is asked for may use them.
+
+        Raises:
+            CheckpointError: here or on the way: a file cannot be read, or ends too early.
+        """
+        size = max(self._ring_bytes, 2 * max((s.num_bytes for s in spans), default=0) + 2 * _ALIGNMENT)
+        ring = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self._stream is not None:  # the memory may be in use there still
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        first, places = self._num_groups, list(_places([s.num_bytes for s in spans], size))
+        chunks = []
+        for group, (span, (place, after)) in enumerate(zip(spans, places, strict=True), first):
+            after = max(first + after if after >= 0 else -1, group - MAX_GROUPS)
+            self._cut(chunks, self._open(span.path), span.offset, span.num_bytes, ring.data_ptr() + place, group, after)
+        self._num_groups += len(spans)
+        self._engine.add(chunks)
+        return self._receive(spans, [place for place, _ in places], first, ring)
+
+    def _receive(self, spans, places, first, ring):
+        memory = Memory(ring)
+        for group, (span, place) in enumerate(zip(spans, places, strict=True), first):
+            stream = self._current_stream()
+            try:
+                self._engine.wait(group, stream)
+            except EngineError as error:
+                at = spans[error.group - first] if error.group >= first else span
+                where = f"{at.path}, bytes {at.offset} to {at.offset + at.num_bytes}" if error.group >= 0 else at.path
+                raise CheckpointError(f"cannot read {where}: {error.what}") from error
+            memory.place = place
+            yield span, memory
+            self._engine.release(group, self._current_stream())
+
+    def send(self, to: torch.Tensor, source: torch.Tensor) -> int:
+        """Begin to copy a tensor of the host.
+
+        Args:
+            to: on the device, contiguous. What is enqueued on the current stream by now may use it before.
+            source: on the CPU, contiguous, of as many bytes; must stay as it is until `wait`.
+
+        Returns:
+            What to `wait` for.
+        """
+        if not (to.is_contiguous() and source.is_contiguous() and to.nbytes == source.nbytes):
+            raise ValueError("`to` and `source` must be contiguous and of the same number of bytes")
+        group, chunks = self._num_groups, []
+        if not source.nbytes:
+            return -1
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._cut(chunks, HOST, source.data_ptr(), source.nbytes, to.data_ptr(), group, -1)
+        self._engine.add(chunks)
+        self._num_groups += 1
+        return group
+
+    def wait(self, sent: int):
+        """Wait until what was sent has been read, and let the current stream come after its copy."""
+        if sent < 0:
+            return
+        try:
+            self._engine.wait(sent, self._current_stream())
+        except EngineError as error:
+            raise LoadError(f"copying to {self.device} failed: {error.what}") from error
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that were read so far."""
+        return self._done().bytes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from entering to leaving, or to now."""
+        return self._seconds if self._seconds is not None else time.perf_counter() - self._started
+
+    def __str__(self):
+        """Which way was used, for a report."""
+        o, done = self.options, self._done()
+        how = "read directly" if o.direct else "read"
+        text = f"{o.num_threads} {'' if native() is not None else 'Python '}threads {how} into {o.num_slots} slots of "
+        text += size_text(o.chunk_bytes)
+        if done.unpinned_slots:
+            text += f", {done.unpinned_slots} of which the system refused to page-lock"
+        return text
+
+    def _done(self):
+        return self._counters if self._counters is not None else self._engine.counters()
+
+    def _cut(self, chunks, fd, offset, num_bytes, to, group, after):
+        """Chunks for one group."""
+        step = self.options.chunk_bytes
+        for start in range(0, num_bytes, step):
+            size = min(step, num_bytes - start)
+            chunks.append(Chunk(fd, offset + start, size, to + start, group, after))
+
+    def _open(self, path):
+        fd = self._files.get(path)
+        if fd is None:
+            flags = os.O_RDONLY | (os.O_DIRECT if self.options.direct else 0)
+            try:
+                fd = self._files[path] = os.open(path, flags)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        return fd
+
+    def _current_stream(self):
+        return None if self._stream is None else torch.cuda.current_stream(self.device)
+
+    def _on_device(self):
+        return torch.cuda.device(self.device if self._stream is not None else -1)
+
+
+class Memory:
+    """Device memory that holds a span.
+
+    Attributes:
+        place: of its first byte in the memory of all spans.
+    """
+
+    def __init__(self, ring: torch.Tensor):
+        self._typed, self.place = {torch.uint8: ring}, 0
+
+    def view(self, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """The bytes from `start` on as a contiguous tensor; `start` must be a multiple of its elements' size."""
+        typed = self._typed.get(dtype)
+        if typed is None:
+            ring = self._typed[torch.uint8]
+            typed = self._typed[dtype] = ring[: len(ring) // dtype.itemsize * dtype.itemsize].view(dtype)
+        strides, stride = [], 1
+        for size in reversed(shape):
+            strides.append(stride)
+            stride *= size
+        return typed.as_strided(shape, strides[::-1], (self.place + start) // dtype.itemsize)
+
+
+def _places(sizes, ring_bytes):
+    """(place, after) for each span: where in the ring it arrives, and the last earlier one that was there; -1 for
+    none."""
+    held, end = deque(), 0  # (place, end, number) of spans, oldest first; where the next one begins
+    for i, size in enumerate(sizes):
+        size = -(-size // _ALIGNMENT) * _ALIGNMENT
+        if end + size > ring_bytes:
+            end = 0
+        start, end = end, end + size
+        after = max((number for a, b, number in held if a < end and start < b), default=-1)
+        while held and held[0][2] <= after:
+            held.popleft()
+        held.append((start, end, i))
+        yield start, after
+
+
+def cached_fraction(path: str | os.PathLike) -> float:
+    """How much of a file is in the page cache, 0 to 1, told from a few places; 1 where the system does not say."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return 1.0
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size, byte, found = os.fstat(fd).st_size, bytearray(1), 0
+        for i in range(_PROBES):
+            try:
+                found += os.preadv(fd, [byte], size * (2 * i + 1) // (2 * _PROBES), os.RWF_NOWAIT) >= 0
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno in (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL):
+                    return 1.0
+                raise
+        return found / _PROBES
+    finally:
+        os.close(fd)
+
+
+def _num_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
