@@ -56,15 +56,15 @@ class Names:
     """The names a model answers to; made once a load, before anything is loaded."""
 
     def __init__(self, model: nn.Module):
-        self._model = model
+        self._model, self._renaming = model, None
         self._loadable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._computed = set()
+        self._num_experts: dict[str, int] = {}  # merged weight -> how many; 0 where no shard is a run of its rows
         for name, _ in model.named_buffers(remove_duplicate=False):
             owner, _, leaf = name.rpartition(".")
             persistent = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
             (self._loadable if persistent else self._computed).add(name)
         self._prefix = getattr(model, "base_model_prefix", "")
-        self._rename = _renamings(model)
         self._ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
 
     def find(self, name: str) -> Destination | None:
@@ -84,13 +84,23 @@ class Names:
         return any(candidate in self._computed for candidate in self._candidates(name))
 
     def _candidates(self, name):
-        for known in dict.fromkeys((name, self._rename(name))):
-            if known.endswith(".weight_scale_inv"):
-                known = known.removesuffix("_inv")
-            yield known
-            if self._prefix:
-                prefix = f"{self._prefix}."
-                yield known.removeprefix(prefix) if known.startswith(prefix) else prefix + known
+        yield from self._spellings(name)
+        renamed = self._rename(name)  # costs more than all others, and few names need it
+        if renamed != name:
+            yield from self._spellings(renamed)
+
+    def _spellings(self, name):
+        if name.endswith(".weight_scale_inv"):
+            name = name.removesuffix("_inv")
+        yield name
+        if self._prefix:
+            prefix = f"{self._prefix}."
+            yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+
+    def _rename(self, name):
+        if self._renaming is None:
+            self._renaming = _renamings(self._model)
+        return self._renaming(name)
 
     def _find_expert(self, name):
         match = _EXPERT.fullmatch(name)
@@ -103,11 +113,12 @@ class Names:
         target, index = f"{experts}.{merged}{leaf}", int(match["index"])
         if target not in self._loadable:
             return None
-        module = self._model.get_submodule(experts)
-        # In other layouts an expert's shard is not a run of rows: better unknown than wrong.
-        if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
-            return None
-        return Destination(target, index, half) if index < module.get_parameter(merged + leaf).shape[0] else None
+        if target not in self._num_experts:
+            module = self._model.get_submodule(experts)
+            # In other layouts an expert's shard is not a run of rows: better unknown than wrong.
+            runs = not getattr(module, "is_transposed", False) and getattr(module, "is_concatenated", True)
+            self._num_experts[target] = module.get_parameter(merged + leaf).shape[0] if runs else 0
+        return Destination(target, index, half) if index < self._num_experts[target] else None
 
 
 def _renamings(model):

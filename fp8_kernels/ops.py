@@ -70,7 +70,7 @@ def quantize(
             raise
         return q, scale
     op = backends.op("quantize_out", backend, w.device)
-    for w_, amax_, q_, scale_ in _batches(w.ndim - 3, w, amax, q, _as_bytes(scale)):
+    for w_, amax_, q_, scale_ in _batches(w.ndim - 3, w, amax, q, as_bytes(scale)):
         op(w_, amax_, q_, scale_, *scheme.quantize_args)
     return q, _typed(scale, scheme)
 
@@ -96,7 +96,7 @@ def quantize_into(w: torch.Tensor, scheme: Scheme, q: torch.Tensor, scale: torch
     if scheme.segments:
         _quantize_segments(w, scheme, q.dtype, (q, scale), amax, None)
         return
-    _quantize_out(w, amax, q, _as_bytes(scale), *scheme.quantize_args)
+    _quantize_out(w, amax, q, as_bytes(scale), *scheme.quantize_args)
 
 
 def amax(
@@ -182,7 +182,7 @@ def quantize_many(
         return []
     pairs = [_empty_outputs(w, scheme, dtype) if pair is None else pair for w, pair in zip(weights, given, strict=True)]
     op = backends.op("quantize_many_out", backend, weights[0].device)
-    op(weights, [q for q, _ in pairs], [_as_bytes(scale) for _, scale in pairs], *scheme.quantize_args)
+    op(weights, [q for q, _ in pairs], [as_bytes(scale) for _, scale in pairs], *scheme.quantize_args)
     return [(q, _typed(scale, scheme)) for q, scale in pairs]
 
 
@@ -268,7 +268,7 @@ def dequantize(
             dequantize(q_, scale_, scheme=scheme.of_segment(), out=out_, backend=backend)
         return out
     op = backends.op("dequantize_out", backend, q.device)
-    for q_, scale_, out_ in _batches(q.ndim - 3, q, _as_bytes(scale), out):
+    for q_, scale_, out_ in _batches(q.ndim - 3, q, as_bytes(scale), out):
         op(q_, scale_, out_, *block)
     return out
 
@@ -316,7 +316,8 @@ def _typed(scale, scheme):
     return scale if scale.dtype == scheme.scale_dtype else scale.view(scheme.scale_dtype)
 
 
-def _as_bytes(scale):
+def as_bytes(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as the registered ops take them."""
     return scale.view(_BYTES[scale.dtype]) if scale.dtype in _BYTES else scale
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from .safetensors_file import DTYPES, data_offset, num_bytes
+from .slices import LazyTensor
 
 # What a folder may hold, in the order in which Hugging Face libraries look for it.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -102,6 +103,17 @@ class Checkpoint:
         if self._mapped >= _REMAP_BYTES:
             self._opened = None  # tensors keep the mapping that they are of
         return get_tensor(name)
+
+    def lazy(self, name: str) -> LazyTensor:
+        """One tensor by name, of which only what is used will be read."""
+        if name not in self._metadata:
+            raise KeyError(f"{self.folder} holds no tensor `{name}`")
+        return LazyTensor(self, name)
+
+    def lazy_tensors(self) -> Iterator[tuple[str, LazyTensor]]:
+        """(name, tensor) in file order, for loaders that keep a part of each: a rank then reads no other."""
+        for name in self._metadata:
+            yield name, self.lazy(name)
 
     def other_files(self) -> list[str]:
         """Paths, relative to `folder`, of everything but weights, their index and hidden files."""

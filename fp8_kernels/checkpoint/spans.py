@@ -16,7 +16,7 @@ SPAN_BYTES = 18 << 20
 _ROWS = 128  # large tensors are cut at multiples of this, so that no block of scales is
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """A tensor, or some of its rows.
 
@@ -58,13 +58,14 @@ def make_spans(checkpoint: Checkpoint, limit: int = SPAN_BYTES) -> list[tuple[Sp
         where there are no others.
     """
     spans = _Spans(limit)
-    for family in _families(checkpoint):
-        if not spans.has_room(sum(info.num_bytes for _, info in family)):
-            spans.close()
+    for file, family in _families(checkpoint):
+        spans.begin(str(checkpoint.folder / file), sum(info.num_bytes for _, info in family))
         for name, info in family:
-            path = str(checkpoint.folder / info.file)
-            for piece, offset in _pieces(name, info, limit):
-                spans.add(path, offset, piece)
+            if info.num_bytes <= limit:
+                spans.add(Piece(name, 0, info.shape, info.dtype), info.offset, info.num_bytes)
+            else:
+                for piece, offset in _cut(name, info, limit):
+                    spans.add(piece, offset, num_bytes(piece.dtype, piece.shape))
     spans.close()
     return spans.done
 
@@ -76,59 +77,53 @@ class _Spans:
         self.limit, self.done = limit, []
         self._path, self._start, self._end, self._pieces = None, 0, 0, []
 
-    def has_room(self, size):
-        return self._end - self._start + size <= self.limit
+    def begin(self, path, size):
+        """What comes next is of that file, and that much should stay together."""
+        if path != self._path or self._end - self._start + size > self.limit:
+            self.close()
+        self._path = path
 
-    def add(self, path, offset, piece):
-        size = num_bytes(piece.dtype, piece.shape)
-        if path != self._path or not self.has_room(size) or (offset - self._start) % piece.dtype.itemsize:
+    def add(self, piece, offset, size):
+        if self._end - self._start + size > self.limit or (offset - self._start) % piece.dtype.itemsize:
             self.close()
         if not self._pieces:
-            self._path, self._start, self._end = path, offset, offset
-        self._pieces.append((piece, offset - self._start))
+            self._start = self._end = offset
+        piece.start = offset - self._start
+        self._pieces.append(piece)
         self._end += size
 
     def close(self):
         if self._pieces:
-            pieces = [_moved(piece, start) for piece, start in self._pieces]
-            self.done.append((Span(self._path, self._start, self._end - self._start), pieces))
-        self._pieces = []
+            self.done.append((Span(self._path, self._start, self._end - self._start), self._pieces))
+        self._pieces, self._start = [], self._end
 
 
-def _families(checkpoint) -> Iterator[list[tuple[str, TensorInfo]]]:
-    """Runs of tensors that are leaves of the same module's children, `experts.3.up_proj.weight` and its neighbours."""
+def _families(checkpoint) -> Iterator[tuple[str, list[tuple[str, TensorInfo]]]]:
+    """(file, tensors) for runs of tensors that are leaves of one module's children, as `experts.3.up_proj.weight`."""
     family, known = [], None
     for name, info in checkpoint.metadata().items():
         key = info.file, name.rsplit(".", 2)[0]
         if key != known and family:
-            yield family
+            yield known[0], family
             family = []
         known = key
         family.append((name, info))
     if family:
-        yield family
+        yield known[0], family
 
 
-def _pieces(name, info, limit, lead=()):
-    """(piece, offset in the file)."""
+def _cut(name, info, limit, lead=()):
+    """(piece, offset in the file) of a tensor that is too large for one span, or of one index of it."""
     shape, offset = info.shape[len(lead) :], info.offset
     for i, index in enumerate(lead):
         offset += index * num_bytes(info.dtype, info.shape[i + 1 :])
-    size = num_bytes(info.dtype, shape)
-    if size <= limit or not shape:
-        yield Piece(name, 0, shape, info.dtype, lead, 0, not lead), offset
-        return
     row_bytes = num_bytes(info.dtype, shape[1:])
     if row_bytes > limit and len(shape) > 2:
         for index in range(shape[0]):
-            yield from _pieces(name, info, limit, (*lead, index))
+            yield from _cut(name, info, limit, (*lead, index))
         return
     step = max(limit // row_bytes, 1)
     step = step // _ROWS * _ROWS or step
     for first in range(0, shape[0], step):
         rows = min(step, shape[0] - first)
         yield Piece(name, 0, (rows, *shape[1:]), info.dtype, lead, first, False), offset + first * row_bytes
-
-
-def _moved(piece, start):
-    return Piece(piece.name, start, piece.shape, piece.dtype, piece.lead, piece.first, piece.whole)

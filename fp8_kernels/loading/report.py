@@ -23,6 +23,9 @@ class Report:
     bytes_out: int = 0
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    transfer: str | None = None  # how bytes came to the device, where files were read for it
+    transfer_bytes: int = 0
+    transfer_seconds: float = 0.0  # from the first read on
     peak_staging_bytes: int = 0
     spills: int = 0  # units that waited on the host, since shards of too many came between each other
     spilled_bytes: int = 0
@@ -44,6 +47,9 @@ class Report:
         ]
         if self.seconds_by_phase:
             lines.append(", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds_by_phase.items()))
+        if self.transfer is not None:
+            rate = self.transfer_bytes / 1e9 / self.transfer_seconds if self.transfer_seconds else 0.0
+            lines.append(f"{size_text(self.transfer_bytes)} at {rate:.2f} GB/s: {self.transfer}")
         spilled = f", {self.spills} spills to the host ({size_text(self.spilled_bytes)})" if self.spills else ""
         lines.append(f"staging peak {size_text(self.peak_staging_bytes)}{spilled}")
         if self.peak_allocated is not None:

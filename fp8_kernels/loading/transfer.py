@@ -115,11 +115,12 @@ class Transfer:
         Raises:
             CheckpointError: here or on the way: a file cannot be read, or ends too early.
         """
-        size = max(self._ring_bytes, 2 * max((s.num_bytes for s in spans), default=0) + 2 * _ALIGNMENT)
+        sizes = [-(-s.num_bytes // _ALIGNMENT) * _ALIGNMENT for s in spans]
+        size = min(max(self._ring_bytes, 2 * max(sizes, default=0)), sum(sizes))
         ring = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self._stream is not None:  # the memory may be in use there still
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        first, places = self._num_groups, list(_places([s.num_bytes for s in spans], size))
+        first, places = self._num_groups, list(_places(sizes, size))
         chunks = []
         for group, (span, (place, after)) in enumerate(zip(spans, places, strict=True), first):
             after = max(first + after if after >= 0 else -1, group - MAX_GROUPS)
@@ -244,11 +245,10 @@ class Memory:
 
 
 def _places(sizes, ring_bytes):
-    """(place, after) for each span: where in the ring it arrives, and the last earlier one that was there; -1 for
-    none."""
+    """(place, after) for each span of that size: where in the ring it arrives, and the last earlier one that was there;
+    -1 for none."""
     held, end = deque(), 0  # (place, end, number) of spans, oldest first; where the next one begins
     for i, size in enumerate(sizes):
-        size = -(-size // _ALIGNMENT) * _ALIGNMENT
         if end + size > ring_bytes:
             end = 0
         start, end = end, end + size
