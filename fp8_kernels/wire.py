@@ -33,7 +33,9 @@ def suits(checkpoint: Checkpoint, device: torch.device, way: str) -> bool:
     infos = checkpoint.metadata().values()
     can = all(info.offset is not None for info in infos)
     if way == "spans" and not can:
-        raise ValueError(f"`transfer` must be 'auto' or 'mapped' for files that are no safetensors, {checkpoint.folder}")
+        raise ValueError(
+            f"`transfer` must be 'auto' or 'mapped' for files that are no safetensors, {checkpoint.folder}"
+        )
     return can and way != "mapped" and (device.type == "cuda" or way == "spans")
 
 

@@ -48,9 +48,7 @@ class Counters(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("num_threads", "max_groups", "direct", "on_device", "stream")
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in ("num_threads", "max_groups", "direct", "on_device", "stream")]
 
 
 class EngineError(Exception):
@@ -341,7 +339,12 @@ def read_rows(fd: int, offset: int, stride: int, row_bytes: int, num_rows: int, 
 
 class _DeviceBytes:
     def __init__(self, address, num_bytes):
-        self.__cuda_array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 2}
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
 
 
 def _device_bytes(address, num_bytes, device):
