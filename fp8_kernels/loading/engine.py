@@ -1,8 +1,8 @@
 """Moving bytes of files and of host memory to a device: the C++ threads of csrc/cpu/reader.cpp, or Python's.
 
 Both engines take *chunks* in the order in which they are needed, read them into a ring of page-locked slots, several at
-a time, and enqueue the copy of each on one stream. Chunks that belong together are a *group*: it arrives, and the memory
-that it was copied to is given back, as a whole.
+a time, and enqueue the copy of each on one stream. Chunks that belong together are a *group*, which arrives as a whole,
+and whose memory is given back as a whole.
 """
 
 from __future__ import annotations
@@ -256,33 +256,35 @@ class PythonEngine:
 
     def _copy_chunks(self):
         i, group = 0, -1
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or i in self._read)
-                if not self._stopped:
-                    chunk, lead = self._chunks[i], self._read.pop(i)
-                    first, group = chunk.group != group, chunk.group
-                    last = i + 1 == len(self._chunks) or self._chunks[i + 1].group != group
-                    self._changed.wait_for(lambda: self._stopped or not first or self._released > chunk.after)
-                if self._stopped:
+        while self._may_copy(lambda i=i: i in self._read):
+            chunk, lead = self._chunks[i], self._read.pop(i)
+            slot = i % self._num_slots
+            if chunk.group != group:
+                group = chunk.group
+                if not self._may_copy(lambda after=chunk.after: self._released > after):
                     return
-                released = self._events.pop(~chunk.after, None) if first else None
-            source = self._slots[i % self._num_slots][lead : lead + chunk.bytes]
-            copied = None
+                released = self._events.pop(~chunk.after, None)
+                if released is not None:
+                    self._stream.wait_event(released)
+            source = self._slots[slot][lead : lead + chunk.bytes]
             if self._stream is None:
                 ctypes.memmove(chunk.to, source.data_ptr(), chunk.bytes)
             else:
-                if released is not None:
-                    self._stream.wait_event(released)
                 with torch.cuda.stream(self._stream):
                     _device_bytes(chunk.to, chunk.bytes, self._stream.device).copy_(source, non_blocking=True)
-                copied = self._copied[i % self._num_slots] = self._stream.record_event()
-            with self._changed:
-                self._issued += 1
-                if last:
-                    self._events[group], self._groups_issued = copied, group + 1
-                self._changed.notify_all()
+                self._copied[slot] = self._stream.record_event()
             i += 1
+            with self._changed:
+                self._issued = i
+                if i == len(self._chunks) or self._chunks[i].group != group:
+                    self._events[group], self._groups_issued = self._copied[slot], group + 1
+                self._changed.notify_all()
+
+    def _may_copy(self, ready):
+        """Wait for that; False where all is to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or ready())
+            return not self._stopped
 
 
 def read_run(fd: int, offset: int, num_bytes: int, to: memoryview, direct: bool = False) -> int:

@@ -121,9 +121,7 @@ class Feed:
         """
         batches: dict[tuple, list[Rows]] = {}
         with self._writes._lock:
-            self._staging.follow()
-            self._staging.in_use = ()
-            self._hands.let_go()
+            self._writes.let_go()
             for shard in _joined(shards):
                 if isinstance(shard, Rows) and self._is_direct(shard):
                     entry = shard.tracked.entry
