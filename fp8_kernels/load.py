@@ -20,8 +20,9 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.formats import FORMATS, module_of
 from .errors import CheckpointError, LoadError, UnsupportedLayoutError
 from .loading import LayerwiseLoader
-from .loading.plan import listed, make_plan
+from .loading.plan import listed
 from .loading.report import Report
+from .loading.rules import Rules
 from .modules import Fp8Experts, Fp8Linear, can_run, make_runnable
 from .names import Names
 from .ops import FP8_DTYPES
@@ -75,6 +76,7 @@ def load_checkpoint(
             them, and the model is as it was before.
         CheckpointError: `source` is not a checkpoint.
     """
+    ignore, include = list(ignore), list(include)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(source, (str, os.PathLike)):
         source = open_checkpoint(source)
@@ -84,25 +86,29 @@ def load_checkpoint(
         spans, total = None, 0
         if isinstance(source, Checkpoint):
             if suits(source, device, transfer):
-                spans = stack.enter_context(SpanLoad(source, device))
+                rules = Rules(scheme, ignore, include, dict(schemes or {}))
+                spans = stack.enter_context(SpanLoad(source, device, rules))
             _expect_fp8(model, source, activation)
             total = sum(info.num_bytes for info in source.metadata().values())
             source = source.tensors()
         _compute_buffers(model, device)
-        ignore, include = list(ignore), list(include)
-        kept = _not_runnable(model, scheme, ignore, include, schemes) if runnable else {}
-        with LayerwiseLoader(
-            model, scheme, device=device, ignore=[*ignore, *kept], include=include, schemes=schemes, dtype=dtype
-        ) as loader:
+        options = {"device": device, "include": include, "schemes": schemes, "dtype": dtype}
+        loader = LayerwiseLoader(model, scheme, ignore=ignore, **options)
+        kept = _not_runnable(model, loader.plan) if runnable else {}
+        if kept:
+            loader = LayerwiseLoader(model, scheme, ignore=[*ignore, *kept], **options)
+        names = Names(model)
+        with loader.prepared(spans and spans.given(loader, names)):
             if spans is not None:
-                spans.into(loader, progress)
+                spans.into(loader, names, progress)
             else:
                 _copy_all(loader, source, total, progress)
         loader.report.passed_through.update(kept)
         if runnable:
             chosen = {name: entry.scheme for entry in loader.plan.quantized for name in entry.names}
             make_runnable(model, activation, chosen)
-        model.to(device)  # buffers that were real all along
+        if any(t.device != loader.device for t in (*model.parameters(), *model.buffers())):
+            model.to(device)  # buffers that were real all along
     return loader.report
 
 
@@ -201,9 +207,8 @@ def _reshaped_scale(name, tensor, target):
     raise LoadError(f"`{name}` must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}")
 
 
-def _not_runnable(model, scheme, ignore, include, schemes):
+def _not_runnable(model, plan):
     """Weights that would become FP8 in modules which `make_runnable` cannot replace -> why they do not."""
-    plan = make_plan(model, scheme, ignore=ignore, include=include, schemes=schemes)
     # A model that is itself such a module has no parent in which to replace it.
     return {
         entry.name: f"nothing runs {type(entry.places[0].module).__name__} in FP8"

@@ -13,10 +13,13 @@ from .errors import LoadError
 from .loading import LayerwiseLoader
 from .loading.feed import Feed, Plain, Rows
 from .loading.plan import listed
-from .loading.transfer import Memory, Options, Transfer
+from .loading.rules import Rules
+from .loading.staging import Tracked
+from .loading.transfer import Memory, Options, Span, Transfer
 from .names import Destination, Names
 
 WAYS = ("auto", "spans", "mapped")
+_EARLY_BYTES = 16 << 20
 
 
 def suits(checkpoint: Checkpoint, device: torch.device, way: str) -> bool:
@@ -42,59 +45,106 @@ def suits(checkpoint: Checkpoint, device: torch.device, way: str) -> bool:
 class SpanLoad:
     """A context manager in which a checkpoint's bytes are on their way.
 
+    They are as soon as it is entered. Large tensors that will pass through come first, and go straight to where they
+    stay, so that the wire has work while the load is planned.
+
     Args:
         checkpoint: of safetensors files.
         device: where to.
+        rules: what will pass through.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
-        self._checkpoint, self._spans = checkpoint, make_spans(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, rules: Rules):
+        self._checkpoint, self._device, self._infos = checkpoint, device, checkpoint.metadata()
+        self._early = {
+            name: None
+            for name, info in self._infos.items()
+            if info.num_bytes >= _EARLY_BYTES and rules.decide(name, info.shape, info.dtype)[0] is None
+        }
+        self._spans = make_spans(checkpoint, without=self._early)
         files = [checkpoint.folder / file for file in checkpoint.files]
         self._transfer = Transfer(device, Options.for_files(files))
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> SpanLoad:
-        self._exits.enter_context(self._transfer)
-        self._arriving = self._transfer.start([span for span, _ in self._spans if span.num_bytes])
+        transfer = self._exits.enter_context(self._transfer)
+        for name in self._early:
+            info = self._infos[name]
+            tensor = torch.empty(info.shape, dtype=info.dtype, device=self._device)
+            path = str(self._checkpoint.folder / info.file)
+            self._early[name] = tensor, transfer.fetch(Span(path, info.offset, info.num_bytes), tensor)
+        self._arriving = transfer.start([span for span, _ in self._spans if span.num_bytes])
         return self
 
     def __exit__(self, *exception):
         self._exits.close()
+        self._arriving.close()  # it holds memory, and whoever keeps the exception keeps this
+        self._early = {}
 
-    def into(self, loader: LayerwiseLoader, progress: Callable[[int, int, str], None] | None = None):
+    def given(self, loader: LayerwiseLoader, names: Names) -> dict[str, torch.Tensor]:
+        """Name in the model -> what is on its way to be that tensor."""
+        found = {}
+        entries = {name: entry for entry in loader.plan.entries for name in entry.names}
+        for name, (tensor, _) in self._early.items():
+            destination = names.find(name)
+            entry = None if destination is None or destination.expert is not None else entries[destination.name]
+            if (
+                entry is not None
+                and entry.scheme is None
+                and entry.on_meta
+                and entry.tracked
+                and entry.tensors[0].is_contiguous()
+                and (entry.shape, entry.dtype) == (tuple(tensor.shape), tensor.dtype)
+            ):
+                found.setdefault(entry.name, tensor)
+        return found
+
+    def into(self, loader: LayerwiseLoader, names: Names, progress: Callable[[int, int, str], None] | None = None):
         """Hand everything to a loader whose context is entered.
 
         Raises:
             LoadError, CheckpointError: as `load_checkpoint`.
         """
-        places = _Places(loader, self._checkpoint)
-        total, done = sum(span.num_bytes for span, _ in self._spans), 0
+        places = _Places(loader, self._infos, names)
+        total, done = sum(info.num_bytes for info in self._infos.values()), 0
         with loader._session.without_mode(), torch.no_grad():
-            feed, nothing = Feed(loader._session.writes), torch.empty(0, dtype=torch.uint8, device=loader.device)
+            feed = Feed(loader._session.writes)
+            for name, (tensor, sent) in list(self._early.items()):
+                self._transfer.wait(sent)
+                tracked = places.holder(name, tensor)
+                if tracked is not None:
+                    feed.has_arrived(tracked)
+                else:
+                    whole = Piece(name, 0, tuple(tensor.shape), tensor.dtype)
+                    feed.take(places.of([whole]), Memory(tensor.reshape(-1).view(torch.uint8)))
+                self._early[name] = None
+                del tensor
+                done += self._infos[name].num_bytes
+                if progress:
+                    progress(done, total, name)
+            nothing = Memory(torch.empty(0, dtype=torch.uint8, device=self._device))
             for span, pieces in self._spans:
-                memory = next(self._arriving)[1] if span.num_bytes else Memory(nothing)
-                feed.take(places.of(pieces), memory)
+                feed.take(places.of(pieces), next(self._arriving)[1] if span.num_bytes else nothing)
                 done += span.num_bytes
                 if progress:
                     progress(done, total, pieces[-1].name)
             for _ in self._arriving:  # lets go of the last span
                 pass
         places.check_all_expected()
-        loader.report.transfer = str(self._transfer)
-        loader.report.transfer_seconds = self._transfer.seconds
-        loader.report.transfer_bytes = self._transfer.num_bytes
+        report, transfer = loader.report, self._transfer
+        report.transfer, report.transfer_bytes = str(transfer), transfer.num_bytes
+        report.transfer_seconds = transfer.seconds
 
 
 class _Places:
     """Where the tensors of a checkpoint belong in the model that a loader fills."""
 
-    def __init__(self, loader, checkpoint):
+    def __init__(self, loader, infos, names):
         model = loader.model
-        self._infos = checkpoint.metadata()
-        self._names = Names(model)
+        self._infos, self._names = infos, names
         self._tensors = dict(model.named_parameters(remove_duplicate=False))
         self._tensors |= dict(model.named_buffers(remove_duplicate=False))
-        self._tracked = {name: t for t in loader._session.tracked for name in t.entry.names if t.entry.scheme}
+        self._tracked = {name: tracked for tracked in loader._session.tracked for name in tracked.entry.names}
         self._found: dict[str, Destination | None] = {}
         self._unexpected: list[str] = []
 
@@ -105,7 +155,7 @@ class _Places:
             if destination is None:
                 continue
             tracked = self._tracked.get(destination.name)
-            if tracked is None:
+            if tracked is None or tracked.entry.scheme is None:
                 tensor = destination.of(self._tensors[destination.name])
                 target = piece.of(tensor) if tensor.shape == self._infos[piece.name].shape else tensor
                 yield Plain(target, piece.start, piece.shape, piece.dtype)
@@ -119,6 +169,12 @@ class _Places:
             elif len(tracked.entry.shape) == 3:
                 first, count, row, num_rows = piece.first, piece.shape[0], 0, tracked.unit_shape[0]
             yield Rows(tracked, first, count, row, num_rows, piece.start, piece.dtype)
+
+    def holder(self, name: str, tensor: torch.Tensor) -> Tracked | None:
+        """What in the model this very tensor is."""
+        destination = self._find(name)
+        tracked = None if destination is None else self._tracked.get(destination.name)
+        return tracked if tracked is not None and tracked.handle.data_ptr() == tensor.data_ptr() else None
 
     def check_all_expected(self):
         """Raise for tensors that the model has no place for."""

@@ -85,7 +85,8 @@ int64_t read_run(int64_t fd, int64_t offset, int64_t bytes, char* to, bool direc
 // Slots of host memory in huge pages, each page-locked when it is first used, by the thread that uses it.
 class Ring {
  public:
-  Ring(int64_t slot_bytes, int64_t num_slots) : slot_bytes_(ceil_to(slot_bytes + 2 * kPage, kPage)), state_(num_slots) {
+  Ring(int64_t slot_bytes, int64_t num_slots, bool lock)
+      : slot_bytes_(ceil_to(slot_bytes + 2 * kPage, kPage)), lock_(lock), state_(num_slots) {
     mapped_bytes_ = slot_bytes_ * num_slots + kHugePage;
     void* memory = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -115,7 +116,8 @@ class Ring {
   void prepare(int64_t i) {
     if (state_[i] != kUnused) return;
     for (int64_t at = 0; at < slot_bytes_; at += kPage) slot(i)[at] = 0;  // here, not in the driver under its lock
-    state_[i] = Driver::get()->host_register(slot(i), slot_bytes_, Driver::kPortable) == 0 ? kPinned : kRefused;
+    const bool locked = lock_ && Driver::get()->host_register(slot(i), slot_bytes_, Driver::kPortable) == 0;
+    state_[i] = locked ? kPinned : kRefused;
   }
 
   int64_t count(char state) const { return std::count(state_.begin(), state_.end(), state); }
@@ -124,6 +126,7 @@ class Ring {
 
  private:
   int64_t slot_bytes_, mapped_bytes_;
+  bool lock_;
   std::vector<std::atomic<char>> state_;
   void* mapped_ = nullptr;
   char* base_ = nullptr;
@@ -399,8 +402,8 @@ auto guarded(const Function& f, decltype(f()) otherwise) {
   }
 }
 
-EXPORT void* fp8_ring_create(int64_t slot_bytes, int64_t num_slots) {
-  return guarded([&] { return static_cast<void*>(new Ring(slot_bytes, num_slots)); }, nullptr);
+EXPORT void* fp8_ring_create(int64_t slot_bytes, int64_t num_slots, int lock) {
+  return guarded([&] { return static_cast<void*>(new Ring(slot_bytes, num_slots, lock)); }, nullptr);
 }
 EXPORT void fp8_ring_destroy(void* ring) { delete static_cast<Ring*>(ring); }
 

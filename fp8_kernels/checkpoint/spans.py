@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from .safetensors_file import num_bytes
 
 # Three fit into `transfer.RING_BYTES`; one holds the three weights of a usual expert.
 SPAN_BYTES = 18 << 20
+_WHOLE = 1.4  # of that limit: a weight that is quantized at once should not wait in two spans
 _ROWS = 128  # large tensors are cut at multiples of this, so that no block of scales is
 
 
@@ -44,14 +45,18 @@ class Piece:
         return tensor[self.lead].narrow(0, self.first, self.shape[0])
 
 
-def make_spans(checkpoint: Checkpoint, limit: int = SPAN_BYTES) -> list[tuple[Span, list[Piece]]]:
+def make_spans(
+    checkpoint: Checkpoint, limit: int = SPAN_BYTES, without: Container[str] = ()
+) -> list[tuple[Span, list[Piece]]]:
     """Every byte of every tensor of a checkpoint of safetensors files, in file order.
 
     Tensors of one module, or of one expert, stay together where they fit into a span. A tensor that does not fit is cut
     between rows.
 
     Args:
-        limit: bytes of a span at most; one row of a tensor may have more.
+        limit: bytes of a span at most, up to which tensors are put together; one that has a little more is one span all
+            the same, and so is a row.
+        without: names of tensors to leave out.
 
     Returns:
         Spans, each with the pieces that it holds. Tensors without elements are pieces of a span of others, or of none
@@ -61,7 +66,9 @@ def make_spans(checkpoint: Checkpoint, limit: int = SPAN_BYTES) -> list[tuple[Sp
     for file, family in _families(checkpoint):
         spans.begin(str(checkpoint.folder / file), sum(info.num_bytes for _, info in family))
         for name, info in family:
-            if info.num_bytes <= limit:
+            if name in without:
+                spans.close()
+            elif info.num_bytes <= limit * _WHOLE:
                 spans.add(Piece(name, 0, info.shape, info.dtype), info.offset, info.num_bytes)
             else:
                 for piece, offset in _cut(name, info, limit):

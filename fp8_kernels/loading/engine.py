@@ -73,7 +73,7 @@ def native() -> ctypes.CDLL | None:
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, *arguments in (
-        ("fp8_ring_create", pointer, number, number),
+        ("fp8_ring_create", pointer, number, number, ctypes.c_int),
         ("fp8_ring_destroy", None, pointer),
         ("fp8_transfer_create", pointer, pointer, ctypes.POINTER(_Options)),
         ("fp8_transfer_add", ctypes.c_int, pointer, pointer, number),
@@ -96,13 +96,14 @@ class NativeEngine:
         num_threads: that read.
         slot_bytes, num_slots: of the ring.
         direct: files are open with O_DIRECT.
+        lock: page-lock the ring, so far as the system lets.
         stream: of the copies; None to copy to host memory.
     """
 
-    def __init__(self, num_threads: int, slot_bytes: int, num_slots: int, direct: bool, stream):
+    def __init__(self, num_threads: int, slot_bytes: int, num_slots: int, direct: bool, lock: bool, stream):
         self._library = native()
         self._transfer = None
-        self._ring = self._library.fp8_ring_create(slot_bytes, num_slots)
+        self._ring = self._library.fp8_ring_create(slot_bytes, num_slots, lock)
         if not self._ring:
             raise EngineError(f"{slot_bytes * num_slots} bytes of host memory cannot be had")
         handle = 0 if stream is None else stream.cuda_stream
@@ -152,12 +153,12 @@ class NativeEngine:
 class PythonEngine:
     """The same with Python's threads, which wait for the interpreter between two reads, where nothing was compiled."""
 
-    def __init__(self, num_threads: int, slot_bytes: int, num_slots: int, direct: bool, stream):
+    def __init__(self, num_threads: int, slot_bytes: int, num_slots: int, direct: bool, lock: bool, stream):
         self._direct, self._stream, self._num_slots = direct, stream, num_slots
         self._slots, self._copied = [], [None] * num_slots
         self._counters, self._changed = Counters(), threading.Condition()
         for _ in range(num_slots):
-            memory = self._allocate(slot_bytes + 2 * _PAGE)
+            memory = self._allocate(slot_bytes + 2 * _PAGE, lock)
             lead = -memory.data_ptr() % _PAGE
             self._slots.append(memory[lead : lead + slot_bytes + _PAGE])
         self._chunks: list[Chunk] = []
@@ -205,15 +206,16 @@ class PythonEngine:
                 event.synchronize()
         self._slots = []
 
-    def _allocate(self, size):
-        if self._stream is not None:
+    def _allocate(self, size, lock):
+        if self._stream is not None and lock:
             try:
                 memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             except RuntimeError:  # the system refuses to lock as much
-                self._counters.unpinned_slots += 1
+                pass
             else:
                 self._counters.pinned_bytes += size
                 return memory
+        self._counters.unpinned_slots += self._stream is not None
         return torch.empty(size, dtype=torch.uint8)
 
     def _run(self, work):

@@ -141,11 +141,9 @@ class LayerwiseLoader:
         elif scope is not None:
             raise ValueError("`scope` must come with `reload`; a first load takes `ignore`")
         self.device = _real_device(device)
-        snapshot = Snapshot(model)
-        try:
-            self.plan: Plan = self._make_plan()[0]
-        finally:
-            uninterrupted(snapshot.restore)
+        self.plan: Plan = self._first_plan()
+        self._has_plan = False
+        self._given: dict[str, torch.Tensor] = {}
         self.report = Report()
         self._hooks = Hooks(on_unit, on_module, on_finish, progress)
         self._session: Session | None = None
@@ -156,13 +154,15 @@ class LayerwiseLoader:
             raise RuntimeError("this loader's context is entered already")
         self._snapshot = Snapshot(self.model)
         try:
-            self.plan, self._reload = self._make_plan()
+            if not self._has_plan:
+                self.plan, self._reload = self._make_plan()
             schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
             self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
             staging = Staging(self.device, self.plan.largest_unit, self._staging_budget)
             self._session = Session(
                 self.model, self.plan, staging, self.report, self._hooks, self._reload, self._ranks, self._offload
             )
+            self._session.given = self._given
             self._session.start()
             return self
         except BaseException as failure:
@@ -220,6 +220,25 @@ class LayerwiseLoader:
         if self._session is None:
             raise RuntimeError("the loader's context must be entered before the model is filled")
         self._session.fill_dummy(seed)
+
+    def _first_plan(self):
+        if self._reload_options is None:
+            return self._make_plan()[0]
+        snapshot = Snapshot(self.model)
+        try:
+            return self._make_plan()[0]
+        finally:
+            uninterrupted(snapshot.restore)
+
+    def prepared(self, given: Mapping[str, torch.Tensor] | None = None) -> LayerwiseLoader:
+        """Enter the context next, with the plan that there is: nothing has changed the model since.
+
+        Args:
+            given: by name, tensors that pass through, on `device`, to become the model's in the place of new ones.
+                Their values still have to arrive.
+        """
+        self._has_plan, self._given = self._reload_options is None, dict(given or {})
+        return self
 
     def _make_plan(self):
         """The plan, and for a reload the state of the model that it is about."""

@@ -43,12 +43,14 @@ class Options:
         chunk_bytes: that a thread reads at a time, into one slot.
         num_slots: of page-locked memory.
         direct: read past the page cache.
+        lock: have the slots page-locked, so far as the system lets.
     """
 
     num_threads: int
     chunk_bytes: int = 4 << 20
     num_slots: int = 32
     direct: bool = False
+    lock: bool = True
 
     @staticmethod
     def for_files(paths: Iterable[str | os.PathLike]) -> Options:
@@ -69,7 +71,8 @@ class Options:
 class Transfer:
     """Moves bytes to a device. A context manager; to be used in one thread.
 
-    Whatever is moved arrives in the order in which it was sent, on a stream of its own.
+    Whatever is moved arrives in the order in which it was sent, on a stream of its own, for use on the stream that was
+    the current one when the context was entered.
 
         with Transfer(device, Options.for_files(paths)) as transfer:
             for span, memory in transfer.start(spans):
@@ -87,14 +90,16 @@ class Transfer:
         self._engine = self._stream = self._counters = None
         self._num_groups = 0
         self._started, self._seconds = 0.0, None
+        self._consumer = None  # the stream that uses what has arrived
 
     def __enter__(self) -> Transfer:
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
+            self._consumer = torch.cuda.current_stream(self.device)
         o, self._started = self.options, time.perf_counter()
         engine = NativeEngine if native() is not None else PythonEngine
         with self._on_device():
-            self._engine = engine(o.num_threads, o.chunk_bytes, o.num_slots, o.direct, self._stream)
+            self._engine = engine(o.num_threads, o.chunk_bytes, o.num_slots, o.direct, o.lock, self._stream)
         return self
 
     def __exit__(self, *exception):
@@ -109,8 +114,8 @@ class Transfer:
         """Begin to move spans of files, before anything asks for them.
 
         Returns:
-            An iterator of each span with its bytes on the device. What is enqueued on the current stream before the
-            next one is asked for may use them.
+            An iterator of each span with its bytes on the device. What is enqueued before the next one is asked for may
+            use them.
 
         Raises:
             CheckpointError: here or on the way: a file cannot be read, or ends too early.
@@ -118,8 +123,7 @@ class Transfer:
         sizes = [-(-s.num_bytes // _ALIGNMENT) * _ALIGNMENT for s in spans]
         size = min(max(self._ring_bytes, 2 * max(sizes, default=0)), sum(sizes))
         ring = torch.empty(size, dtype=torch.uint8, device=self.device)
-        if self._stream is not None:  # the memory may be in use there still
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._follow()
         first, places = self._num_groups, list(_places(sizes, size))
         chunks = []
         for group, (span, (place, after)) in enumerate(zip(spans, places, strict=True), first):
@@ -132,22 +136,36 @@ class Transfer:
     def _receive(self, spans, places, first, ring):
         memory = Memory(ring)
         for group, (span, place) in enumerate(zip(spans, places, strict=True), first):
-            stream = self._current_stream()
             try:
-                self._engine.wait(group, stream)
+                self._engine.wait(group, self._consumer)
             except EngineError as error:
                 at = spans[error.group - first] if error.group >= first else span
                 where = f"{at.path}, bytes {at.offset} to {at.offset + at.num_bytes}" if error.group >= 0 else at.path
                 raise CheckpointError(f"cannot read {where}: {error.what}") from error
             memory.place = place
             yield span, memory
-            self._engine.release(group, self._current_stream())
+            self._engine.release(group, self._consumer)
+
+    def fetch(self, span: Span, to: torch.Tensor) -> int:
+        """Begin to move a span of a file to where it stays.
+
+        Args:
+            to: on the device, contiguous, of as many bytes.
+
+        Returns:
+            What to `wait` for.
+
+        Raises:
+            CheckpointError: the file cannot be opened.
+        """
+        self._follow()
+        return self._send(self._open(span.path), span.offset, to)
 
     def send(self, to: torch.Tensor, source: torch.Tensor) -> int:
         """Begin to copy a tensor of the host.
 
         Args:
-            to: on the device, contiguous. What is enqueued on the current stream by now may use it before.
+            to: on the device, contiguous. What is enqueued by now may use it before.
             source: on the CPU, contiguous, of as many bytes; must stay as it is until `wait`.
 
         Returns:
@@ -155,24 +173,23 @@ class Transfer:
         """
         if not (to.is_contiguous() and source.is_contiguous() and to.nbytes == source.nbytes):
             raise ValueError("`to` and `source` must be contiguous and of the same number of bytes")
-        group, chunks = self._num_groups, []
-        if not source.nbytes:
-            return -1
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._cut(chunks, HOST, source.data_ptr(), source.nbytes, to.data_ptr(), group, -1)
-        self._engine.add(chunks)
-        self._num_groups += 1
-        return group
+        self._follow()
+        return self._send(HOST, source.data_ptr(), to)
 
     def wait(self, sent: int):
-        """Wait until what was sent has been read, and let the current stream come after its copy."""
+        """Wait until what was sent or fetched has been read; what is enqueued from now on finds it where it belongs.
+
+        Raises:
+            CheckpointError: it could not be read.
+            LoadError: it could not be copied.
+        """
         if sent < 0:
             return
         try:
-            self._engine.wait(sent, self._current_stream())
+            self._engine.wait(sent, self._consumer)
         except EngineError as error:
-            raise LoadError(f"copying to {self.device} failed: {error.what}") from error
+            kind = LoadError if error.group < 0 else CheckpointError
+            raise kind(f"moving data to {self.device} failed: {error.what}") from error
 
     @property
     def num_bytes(self) -> int:
@@ -191,11 +208,25 @@ class Transfer:
         text = f"{o.num_threads} {'' if native() is not None else 'Python '}threads {how} into {o.num_slots} slots of "
         text += size_text(o.chunk_bytes)
         if done.unpinned_slots:
-            text += f", {done.unpinned_slots} of which the system refused to page-lock"
+            text += f", {done.unpinned_slots} of which are not page-locked"
         return text
 
     def _done(self):
         return self._counters if self._counters is not None else self._engine.counters()
+
+    def _send(self, fd, offset, to):
+        group, chunks = self._num_groups, []
+        if not to.nbytes:
+            return -1
+        self._cut(chunks, fd, offset, to.nbytes, to.data_ptr(), group, -1)
+        self._engine.add(chunks)
+        self._num_groups += 1
+        return group
+
+    def _follow(self):
+        """Copies from now on come after what has been enqueued: their memory may be in use there."""
+        if self._stream is not None:
+            self._stream.wait_stream(self._consumer)
 
     def _cut(self, chunks, fd, offset, num_bytes, to, group, after):
         """Chunks for one group."""
@@ -213,9 +244,6 @@ class Transfer:
             except OSError as error:
                 raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
         return fd
-
-    def _current_stream(self):
-        return None if self._stream is None else torch.cuda.current_stream(self.device)
 
     def _on_device(self):
         return torch.cuda.device(self.device if self._stream is not None else -1)

@@ -50,10 +50,10 @@ def test_every_element_arrives_whatever_a_span_holds(tmp_path):
 
 
 def test_spans_stay_in_one_file_and_under_the_limit(tmp_path):
-    """Of a sharded folder; a single row may be larger."""
+    """Of a sharded folder; a tensor that is a little larger is not cut for that."""
     folder = tiny.write_sharded(tmp_path / "m", tiny.tensors())
     _, spans, checkpoint = assembled(folder, 60_000)
-    assert all(span.num_bytes <= 60_000 for span, _ in spans)
+    assert all(span.num_bytes <= 60_000 or len(pieces) == 1 and span.num_bytes <= 84_000 for span, pieces in spans)
     assert {span.path for span, _ in spans} == {str(folder / file) for file in checkpoint.files}
     assert len(spans) > len(checkpoint.files)
 
