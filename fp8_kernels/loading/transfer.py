@@ -6,6 +6,7 @@ How is decided by what the files are and what the machine is, see `Options.for_f
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from collections import deque
@@ -60,7 +61,9 @@ class Options:
         cached = sum(cached_fraction(path) * size for path, size in sizes.items())
         if cached >= _COLD * total:
             return Options.for_memory()
-        return Options(num_threads=16, chunk_bytes=8 << 20, num_slots=32)
+        # Through the page cache, so that the next process finds the files there, if they fit.
+        direct = total > free_memory() and all(map(_opens_directly, sizes))
+        return Options(num_threads=16, chunk_bytes=8 << 20, num_slots=32, direct=direct)
 
     @staticmethod
     def for_memory() -> Options:
@@ -306,6 +309,23 @@ def cached_fraction(path: str | os.PathLike) -> float:
         return found / _PROBES
     finally:
         os.close(fd)
+
+
+def free_memory() -> float:
+    """Bytes of the host that the page cache may still take; infinite where the system does not say."""
+    try:
+        with open("/proc/meminfo") as info:
+            return next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def _opens_directly(path):
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except (OSError, AttributeError):  # not every system, and not every file system, has it
+        return False
+    return True
 
 
 def _num_cores():

@@ -224,3 +224,13 @@ def test_how_is_chosen_by_where_the_file_is(file, tmp_path):
     assert cached_fraction(path) == 1.0
     assert Options.for_files([path]) == Options.for_memory()
     assert Options.for_files([tmp_path / "empty.bin"]) == Options.for_memory()
+
+
+def test_cold_files_are_read_through_the_page_cache_if_they_fit(file, monkeypatch):
+    """Else past it, where the file system can."""
+    path, _ = file
+    monkeypatch.setattr(transfer, "cached_fraction", lambda path: 0.0)
+    assert not Options.for_files([path]).direct
+    monkeypatch.setattr(transfer, "free_memory", lambda: SIZE - 1)
+    assert Options.for_files([path]).direct == transfer._opens_directly(path)
+    assert not transfer._opens_directly(os.path.dirname(path) + "/missing")
