@@ -42,7 +42,7 @@ def assert_same(a, b):
         assert torch.equal(t.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
 
 
-# Spans that hold a fraction of a weight, several, and everything; tables that go straight to where they stay, or do not.
+# Spans that hold a fraction of a weight, several, and all; tables that go straight to where they stay, or do not.
 @pytest.mark.parametrize(("span", "early"), [(5000, 1), (100_000, 50_000), (18 << 20, 16 << 20)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,7 +129,7 @@ def test_errors_name_the_tensor_and_leave_the_model_as_it_was(state, changes, er
 
 
 def test_a_device_tensor_of_a_file_is_not_kept(state):
-    """What arrives outside of where it stays is in the ring, which the next span overwrites: nothing may refer to it."""
+    """What arrives elsewhere is in the ring, which the next span overwrites: nothing may refer to it."""
     model = Model(fc=(130, 96), norm=(96,))
     seen = []
     original = Memory.__init__
