@@ -80,14 +80,15 @@ def load_checkpoint(
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(source, (str, os.PathLike)):
         source = open_checkpoint(source)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # while that is free: the loader then sees one storage
-    with _restored_on_failure(model), _no_collection(), ExitStack() as stack:
+    with _no_collection(), ExitStack() as stack:
         spans, total = None, 0
+        if isinstance(source, Checkpoint) and suits(source, device, transfer):
+            rules = Rules(scheme, ignore, include, dict(schemes or {}))
+            spans = stack.enter_context(SpanLoad(source, device, rules))
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()  # while that is free: the loader then sees one storage
+        stack.enter_context(_restored_on_failure(model))
         if isinstance(source, Checkpoint):
-            if suits(source, device, transfer):
-                rules = Rules(scheme, ignore, include, dict(schemes or {}))
-                spans = stack.enter_context(SpanLoad(source, device, rules))
             _expect_fp8(model, source, activation)
             total = sum(info.num_bytes for info in source.metadata().values())
             source = source.tensors()

@@ -130,6 +130,7 @@ class SpanLoad:
                     progress(done, total, pieces[-1].name)
             for _ in self._arriving:  # lets go of the last span
                 pass
+            self._transfer.wind_up()
         places.check_all_expected()
         report, transfer = loader.report, self._transfer
         report.transfer, report.transfer_bytes = str(transfer), transfer.num_bytes

@@ -50,4 +50,20 @@ struct Driver {
   }
 };
 
+// A context that is current in the calling thread for a while; null for whichever is.
+class ContextGuard {
+ public:
+  explicit ContextGuard(void* context) : is_set_(context != nullptr) {
+    if (is_set_) Driver::get()->context_get(&previous_), Driver::get()->context_set(context);
+  }
+  ~ContextGuard() {
+    if (is_set_) Driver::get()->context_set(previous_);
+  }
+  ContextGuard(const ContextGuard&) = delete;
+
+ private:
+  bool is_set_;
+  void* previous_ = nullptr;
+};
+
 }  // namespace fp8_kernels::cpu

@@ -101,6 +101,7 @@ class Ring {
   }
 
   ~Ring() {
+    const ContextGuard guard(context_);
     for (int64_t i = 0; i < num_slots(); ++i) {
       if (state_[i] == kPinned) Driver::get()->host_unregister(slot(i));
     }
@@ -115,6 +116,7 @@ class Ring {
   // slower, and right.
   void prepare(int64_t i) {
     if (state_[i] != kUnused) return;
+    if (i == 0) Driver::get()->context_get(&context_);
     for (int64_t at = 0; at < slot_bytes_; at += kPage) slot(i)[at] = 0;  // here, not in the driver under its lock
     const bool locked = lock_ && Driver::get()->host_register(slot(i), slot_bytes_, Driver::kPortable) == 0;
     state_[i] = locked ? kPinned : kRefused;
@@ -128,7 +130,7 @@ class Ring {
   int64_t slot_bytes_, mapped_bytes_;
   bool lock_;
   std::vector<std::atomic<char>> state_;
-  void* mapped_ = nullptr;
+  void *mapped_ = nullptr, *context_ = nullptr;
   char* base_ = nullptr;
 };
 
@@ -166,6 +168,7 @@ class Transfer {
   ~Transfer() {
     stop();
     for (std::thread& thread : threads_) thread.join();
+    const ContextGuard guard(context_);
     // What was enqueued reads the slots until it is done.
     for (int64_t i = std::max<int64_t>(0, issued_ - num_slots_); driver_ != nullptr && i < issued_; ++i) {
       while (driver_->event_query(slot_events_[i % num_slots_]) == Driver::kNotReady) std::this_thread::yield();

@@ -180,8 +180,9 @@ def _read_index(path):
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} must hold a `weight_map` from tensor names to files")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file != os.path.basename(file):
+    for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
+        if not file or file != os.path.basename(file):
+            name, file = next((n, f) for n, f in weight_map.items() if not isinstance(f, str) or f == file)
             raise CheckpointError(f"{path}: `{name}` must be in a file of the same folder, got {file!r}")
     return weight_map
 
@@ -194,13 +195,14 @@ def _read_header(path):
         return {name: TensorInfo(t.dtype, tuple(t.shape), path.name) for name, t in _load_pickle(path).items()}
     infos = {}
     with _open_safetensors(path) as file:
-        offset = data_offset(path)
+        offset, path_name = data_offset(path), path.name
         for name in file.offset_keys():  # the format allows no gaps, and the library has checked that there are none
             header = file.get_slice(name)
-            if header.get_dtype() not in DTYPES:
+            dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
+            if dtype is None:
                 raise CheckpointError(f"{path}: `{name}` is {header.get_dtype()}, which torch cannot hold")
-            info = infos[name] = TensorInfo(DTYPES[header.get_dtype()], tuple(header.get_shape()), path.name, offset)
-            offset += info.num_bytes
+            infos[name] = TensorInfo(dtype, shape, path_name, offset)
+            offset += num_bytes(dtype, shape)
     return infos
 
 

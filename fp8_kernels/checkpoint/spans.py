@@ -63,13 +63,14 @@ def make_spans(
         where there are no others.
     """
     spans = _Spans(limit)
+    paths = {file: str(checkpoint.folder / file) for file in checkpoint.files}
     for file, family in _families(checkpoint):
-        spans.begin(str(checkpoint.folder / file), sum(info.num_bytes for _, info in family))
-        for name, info in family:
+        spans.begin(paths[file], sum(size for _, _, size in family))
+        for name, info, size in family:
             if name in without:
                 spans.close()
-            elif info.num_bytes <= limit * _WHOLE:
-                spans.add(Piece(name, 0, info.shape, info.dtype), info.offset, info.num_bytes)
+            elif size <= limit * _WHOLE:
+                spans.add(Piece(name, 0, info.shape, info.dtype), info.offset, size)
             else:
                 for piece, offset in _cut(name, info, limit):
                     spans.add(piece, offset, num_bytes(piece.dtype, piece.shape))
@@ -105,18 +106,19 @@ class _Spans:
         self._pieces, self._start = [], self._end
 
 
-def _families(checkpoint) -> Iterator[tuple[str, list[tuple[str, TensorInfo]]]]:
-    """(file, tensors) for runs of tensors that are leaves of one module's children, as `experts.3.up_proj.weight`."""
-    family, known = [], None
+def _families(checkpoint) -> Iterator[tuple[str, list[tuple[str, TensorInfo, int]]]]:
+    """(file, tensors with their bytes) for runs of tensors that are leaves of one module's children, as
+    `experts.3.up_proj.weight`."""
+    family, owner, file = [], None, None
     for name, info in checkpoint.metadata().items():
-        key = info.file, name.rsplit(".", 2)[0]
-        if key != known and family:
-            yield known[0], family
-            family = []
-        known = key
-        family.append((name, info))
+        known = name.rsplit(".", 2)[0]
+        if known != owner or info.file != file:
+            if family:
+                yield file, family
+            family, owner, file = [], known, info.file
+        family.append((name, info, num_bytes(info.dtype, info.shape)))
     if family:
-        yield known[0], family
+        yield file, family
 
 
 def _cut(name, info, limit, lead=()):

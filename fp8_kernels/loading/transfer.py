@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,7 +91,7 @@ class Transfer:
     def __init__(self, device: torch.device | str, options: Options, ring_bytes: int = RING_BYTES):
         self.device, self.options, self._ring_bytes = torch.device(device), options, ring_bytes
         self._files: dict[str, int] = {}
-        self._engine = self._stream = self._counters = None
+        self._engine = self._stream = self._counters = self._closing = None
         self._num_groups = 0
         self._started, self._seconds = 0.0, None
         self._consumer = None  # the stream that uses what has arrived
@@ -106,12 +107,19 @@ class Transfer:
         return self
 
     def __exit__(self, *exception):
-        self._seconds, self._counters = time.perf_counter() - self._started, self._engine.counters()
-        self._engine.close()
-        self._engine = None
+        self.wind_up()
+        self._closing.join()
+        self._closing = self._engine = None
         for fd in self._files.values():
             os.close(fd)
         self._files = {}
+
+    def wind_up(self):
+        """Nothing more will be asked for: begin to give all memory back, beside what the caller does next."""
+        if self._closing is None:
+            self._seconds, self._counters = time.perf_counter() - self._started, self._engine.counters()
+            self._closing = threading.Thread(target=self._engine.close)
+            self._closing.start()
 
     def start(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Memory]]:
         """Begin to move spans of files, before anything asks for them.
@@ -201,7 +209,7 @@ class Transfer:
 
     @property
     def seconds(self) -> float:
-        """Seconds from entering to leaving, or to now."""
+        """Seconds from entering to the end, or to now."""
         return self._seconds if self._seconds is not None else time.perf_counter() - self._started
 
     def __str__(self):
