@@ -205,6 +205,31 @@ def _with_real_data(writes, func, args, kwargs):
     return func(*args, **kwargs)
 
 
+def _asarray(writes, func, args, kwargs):
+    """What a storage or an array holds, as `safe_open` gives it: that is nothing tracked, whatever ops it takes."""
+    if isinstance(args[0], torch.Tensor) or _is_meta(kwargs.get("device")) or _num_modes() != 1:
+        return _with_real_data(writes, func, args, kwargs)
+    guard = None
+    try:
+        guard = _BelowDispatch()
+        return func(*args, **kwargs)
+    finally:
+        del guard
+
+
+def _reshape(writes, func, args, kwargs):
+    """Of real memory, a view or a copy that nothing has to know of; of a tracked weight it may read."""
+    known = args[0].is_meta or writes.has_tied_real or type(args[0]).__torch_dispatch__ is not _NO_DISPATCH
+    if known or _num_modes() != 1:
+        return func(*args, **kwargs)
+    guard = None
+    try:
+        guard = _BelowDispatch()
+        return func(*args, **kwargs)
+    finally:
+        del guard
+
+
 def _new_tensor(writes, func, args, kwargs):
     if not args[0].is_meta or not _is_meta(kwargs.get("device") or "meta"):
         return func(*args, **kwargs)
@@ -229,10 +254,12 @@ _HANDLERS = {
     torch.Tensor.detach: _VIEW,
     torch.Tensor.data.__get__: _VIEW,
     torch.Tensor.copy_: _copy,
+    torch.Tensor.reshape: _reshape,
     torch.Tensor.__getitem__: _ITEM,
     torch.Tensor.__setitem__: _with_real_index,
     torch.tensor: _with_real_data,
     torch.as_tensor: _with_real_data,
+    torch.asarray: _asarray,
     torch.Tensor.new_tensor: _new_tensor,
     torch.Tensor.data.__set__: _set_data,
 }

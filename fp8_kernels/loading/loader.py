@@ -16,6 +16,7 @@ from .fp8_source import copy_codes
 from .install import Snapshot, forget_frames, uninterrupted
 from .plan import Plan, make_plan
 from .poison import check_not_poisoned
+from .prefetch import Prefetch
 from .ranks import Ranks
 from .reload import Reload
 from .report import Report
@@ -158,7 +159,8 @@ class LayerwiseLoader:
                 self.plan, self._reload = self._make_plan()
             schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
             self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
-            staging = Staging(self.device, self.plan.largest_unit, self._staging_budget)
+            sources = Prefetch(self.device) if self.device.type == "cuda" else None
+            staging = Staging(self.device, self.plan.largest_unit, self._staging_budget, sources)
             self._session = Session(
                 self.model, self.plan, staging, self.report, self._hooks, self._reload, self._ranks, self._offload
             )

@@ -380,6 +380,9 @@ class Session:
     def _complete_report(self, started, quantizing):
         report = self.report
         report.bytes_out = sum(tracked.entry.bytes_out for tracked in self.tracked)
+        brought = self._staging.sources.summary()
+        if brought is not None and report.transfer is None:
+            report.transfer, report.transfer_bytes, report.transfer_seconds = brought
         report.peak_staging_bytes = self._staging.peak
         report.spills, report.spilled_bytes = self._staging.spills, self._staging.spilled_bytes
         self._staging.close()

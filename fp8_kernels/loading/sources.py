@@ -21,5 +21,9 @@ class Sources:
         """
         destination.copy_(source, non_blocking)
 
+    def summary(self) -> tuple[str, int, float] | None:
+        """For the report: what was used beside torch, bytes that it brought, seconds since it was needed first."""
+        return None
+
     def close(self):
         """The load has ended: let go of all memory. May be called again."""

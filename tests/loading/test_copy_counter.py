@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fp8_kernels.errors import LoadError
 from fp8_kernels.loading import LayerwiseLoader
+from fp8_kernels.loading.copy_counter import CopyCounter
 from fp8_kernels.loading.op_info import op_info
 
 from .helpers import Model, assert_quantized, load, values
@@ -282,3 +285,22 @@ def test_a_resized_weight_is_refused():
     with pytest.raises(LoadError, match=r"`fc.weight` must keep the shape \(6, 36\)"):
         load(model, loading)
     assert model.fc.weight.shape == (6, 36)
+
+
+def test_a_tensor_of_a_file_costs_no_dispatch(tmp_path, monkeypatch):
+    """What `safe_open` makes of its mapping is seen by no handler; reshaping a weight that was written to still is."""
+    w, seen, original = values(6, 8), [], CopyCounter.__torch_dispatch__
+    save_file({"w": w}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(
+        CopyCounter, "__torch_dispatch__", lambda self, func, *args: seen.append(func) or original(self, func, *args)
+    )
+    model = Model(fc=(6, 8))
+    with LayerwiseLoader(model, device="cpu"), safe_open(tmp_path / "a.safetensors", "pt") as f:
+        shard = f.get_tensor("w")
+        array = torch.asarray(np.arange(3))
+        assert not seen and torch.equal(shard, w) and array.tolist() == [0, 1, 2]
+        model.fc.weight.data.copy_(shard)
+        assert torch.equal(model.fc.weight.data.t().reshape(-1), w.t().reshape(-1))  # reads what was written
+        assert torch.asarray([1.5, 2.5], device=model.fc.weight.device).tolist() == [1.5, 2.5]  # and stays real
+    assert seen
+    assert_quantized(model, "fc.weight", w)
