@@ -7,6 +7,7 @@ The model is built on the meta device and costs nothing; each tensor is copied t
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.amax import read_amax
 from .checkpoint.formats import FORMATS, module_of
 from .errors import CheckpointError, LoadError, UnsupportedLayoutError
 from .loading import LayerwiseLoader
@@ -26,7 +28,7 @@ from .loading.rules import Rules
 from .modules import Fp8Experts, Fp8Linear, can_run, make_runnable
 from .names import Names
 from .ops import FP8_DTYPES
-from .schemes import PerBlock, PerChannel, PerTensor, Scheme
+from .schemes import PerBlock, PerChannel, PerTensor, Scheme, as_scheme
 from .wire import SpanLoad, suits
 
 _SCALE_SUFFIXES = ("_scale", "_scale_inv")
@@ -55,7 +57,8 @@ def load_checkpoint(
             is consumed one tensor at a time. A folder that is FP8 already (as `quantize_checkpoint` writes it) is
             taken as it is: its codes and scales, whatever `scheme` says. FP8 weights of an iterable, with
             `<name>_scale` or `<name>_scale_inv` before or after them, are taken as they are where their scales cover
-            what `scheme` says, and are dequantized and quantized again where not.
+            what `scheme` says, and are dequantized and quantized again where not. Where a folder has a sidecar of
+            maxima (`fp8-kernels amax`), `per_tensor` weights are quantized as they arrive, with the same bits.
         scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`.
         device: where the model will live; by default the GPU if there is one.
         dtype: of the codes.
@@ -81,7 +84,7 @@ def load_checkpoint(
     if isinstance(source, (str, os.PathLike)):
         source = open_checkpoint(source)
     with _no_collection(), ExitStack() as stack:
-        spans, total = None, 0
+        spans, total, amax = None, 0, {}
         if isinstance(source, Checkpoint) and suits(source, device, transfer):
             rules = Rules(scheme, ignore, include, dict(schemes or {}))
             spans = stack.enter_context(SpanLoad(source, device, rules))
@@ -90,10 +93,12 @@ def load_checkpoint(
         stack.enter_context(_restored_on_failure(model))
         if isinstance(source, Checkpoint):
             _expect_fp8(model, source, activation)
+            if any(isinstance(as_scheme(each), PerTensor) for each in (scheme, *(schemes or {}).values())):
+                amax = _known_maxima(model, source)
             total = sum(info.num_bytes for info in source.metadata().values())
             source = source.tensors()
         _compute_buffers(model, device)
-        options = {"device": device, "include": include, "schemes": schemes, "dtype": dtype}
+        options = {"device": device, "include": include, "schemes": schemes, "dtype": dtype, "amax": amax}
         loader = LayerwiseLoader(model, scheme, ignore=ignore, **options)
         kept = _not_runnable(model, loader.plan) if runnable else {}
         if kept:
@@ -216,6 +221,26 @@ def _not_runnable(model, plan):
         for entry in plan.quantized
         if not all(can_run(place.module) and place.module is not model for place in entry.places)
     }
+
+
+def _known_maxima(model, checkpoint):
+    """Parameter -> the maximum of its weight, or of each of its experts, where the checkpoint's sidecar tells all."""
+    names, infos = Names(model), checkpoint.metadata()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, torch.Tensor] = {}
+    numel: dict[str, int] = {}  # elements of a parameter whose maxima are told
+    for name, amax in read_amax(checkpoint).items():
+        destination = names.find(name)
+        parameter = destination and parameters.get(destination.name)
+        if parameter is None or parameter.ndim < 2:
+            continue
+        known = found.setdefault(destination.name, amax.new_zeros(parameter.shape[:-2]))
+        part = known if destination.expert is None else known[destination.expert]
+        if part.shape != amax.shape:
+            continue
+        part.copy_(torch.maximum(part, amax))  # keeps NaN
+        numel[destination.name] = numel.get(destination.name, 0) + math.prod(infos[name].shape)
+    return {name: amax for name, amax in found.items() if numel.get(name) == parameters[name].numel()}
 
 
 @contextmanager

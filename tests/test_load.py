@@ -1,14 +1,22 @@
 """load_checkpoint and load_model: the loaded model is the original with rounded weights, or is left as it was."""
 
 import re
+import shutil
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
-from fp8_kernels.errors import IncompleteLoadError, LoadError, NonFiniteWeightError, UnsupportedLayoutError
+from fp8_kernels import load as load_module
+from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint, write_amax
+from fp8_kernels.errors import (
+    CheckpointError,
+    IncompleteLoadError,
+    LoadError,
+    NonFiniteWeightError,
+    UnsupportedLayoutError,
+)
 from fp8_kernels.load import load_checkpoint, load_model
 from fp8_kernels.modules import Fp8Experts, Fp8Linear, Fp8Module
 from fp8_kernels.names import Destination, Names
@@ -352,3 +360,40 @@ def test_progress_ends_at_the_size_of_the_checkpoint(folders):
     total = sum(info.num_bytes for info in open_checkpoint(folders("tiny_llama")).metadata().values())
     assert calls[-1][:2] == (total, total)
     assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
+
+
+# Maxima that are known.
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen3_moe", "tiny_mixtral"])
+def test_a_sidecar_of_maxima_changes_no_bit_and_nothing_waits(folders, family, tmp_path, monkeypatch):
+    """With the sidecar each weight, experts' halves included, is quantized under per_tensor as it arrives."""
+    folder = tmp_path / "in"
+    shutil.copytree(folders(family), folder)
+    plain, _ = load_model(folder, "per_tensor", device="cpu")
+    write_amax(folder)
+    model, told = meta_model(folder), []
+    original_loader = load_module.LayerwiseLoader
+    monkeypatch.setattr(
+        load_module,
+        "LayerwiseLoader",
+        lambda *args, **kwargs: told.append(kwargs["amax"]) or original_loader(*args, **kwargs),
+    )
+    load_checkpoint(model, folder, "per_tensor", device="cpu")
+    wanted = plain.state_dict()
+    quantized = {name.removesuffix("_scale") for name in wanted if name.endswith("_scale")}
+    assert quantized <= told[0].keys()
+    assert model.state_dict().keys() == wanted.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), wanted[name].reshape(-1).view(torch.uint8)), name
+
+
+def test_a_stale_sidecar_is_refused(folders, tmp_path):
+    """Under per_tensor, which would use it; another scheme has no need to look."""
+    folder = tmp_path / "in"
+    shutil.copytree(folders("tiny_llama"), folder)
+    path = write_amax(folder)
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(CheckpointError, match="fp8-kernels amax"):
+        load_checkpoint(meta_model(folder), folder, "per_tensor", device="cpu")
+    load_checkpoint(meta_model(folder), folder, "per_channel", device="cpu")

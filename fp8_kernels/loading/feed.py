@@ -157,15 +157,20 @@ class Feed:
 
     def _quantize(self, scheme: Scheme, batch: list[Rows], memory):
         weights, codes, scales = [], [], []
+        started = time.perf_counter()
         for shard in batch:
-            shard.tracked.allocate()
-            q, scale = shard.tracked.result_of(shard.first, shard.count, shard.box)
+            tracked = shard.tracked
+            if tracked.maxima is not None or tracked.edges:  # what the many have no arguments for
+                tracked.quantize(shard.first, shard.count, shard.box, shard.values(memory))
+                continue
+            tracked.allocate()
+            q, scale = tracked.result_of(shard.first, shard.count, shard.box)
             weights.append(shard.values(memory))
             codes.append(q)
             scales.append(as_bytes(scale))
-        started = time.perf_counter()
-        with self._staging.on_device():
-            _quantize_many_out(weights, codes, scales, *scheme.quantize_args)
+        if weights:
+            with self._staging.on_device():
+                _quantize_many_out(weights, codes, scales, *scheme.quantize_args)
         self._report.seconds_by_phase["quantize"] += time.perf_counter() - started
         for shard in batch:
             self._report.shards += 1

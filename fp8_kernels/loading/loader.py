@@ -9,7 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ..errors import UnmatchedPatternError
-from ..schemes import Scheme, scheme_name
+from ..schemes import PerTensor, Scheme, scheme_name
 from .arena import Staging
 from .copy_counter import CopyCounter
 from .fp8_source import copy_codes
@@ -72,6 +72,10 @@ class LayerwiseLoader:
             None), the first match counts, also for `per_channel` ones, whose rows a rank may hold in part. Such
             weights stay in high precision until all ranks have theirs (within the staging budget, else on the host),
             and a failure on one rank fails all. By default each rank has scales of its own and is on its own.
+        amax: parameter -> `max |w|` of its elements, fp32 `[]`, or `[E]` for experts, where that is known before they
+            arrive: under `per_tensor` these tell the scales, and shards are quantized as they arrive, as under other
+            schemes. Of the whole weight where this rank holds a part, they give each rank the scales of the whole.
+            Nothing checks them: a larger element saturates.
 
     Attributes:
         plan: the `Plan`; also there before the context is entered.
@@ -108,6 +112,7 @@ class LayerwiseLoader:
         scope: Iterable[str] | None = None,
         scale_group: ProcessGroup | Mapping[str, ProcessGroup | None] | None = None,
         offload: Iterable[str] = (),
+        amax: Mapping[str, torch.Tensor] | None = None,
     ):
         self.model = model
         self._rules = {
@@ -125,6 +130,9 @@ class LayerwiseLoader:
             raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")
         self._staging_budget = staging_budget
         self._offload = tuple(offload)
+        self._amax = dict(amax or {})
+        if self._amax and scale_group is not None:
+            raise ValueError("`amax` must not come with `scale_group`: where maxima are told, ranks have none to share")
         if scope is not None and not isinstance(scope, str):
             scope = tuple(scope)
         self._ranks = None if scale_group is None else Ranks(scale_group)
@@ -162,7 +170,15 @@ class LayerwiseLoader:
             sources = Prefetch(self.device) if self.device.type == "cuda" else None
             staging = Staging(self.device, self.plan.largest_unit, self._staging_budget, sources)
             self._session = Session(
-                self.model, self.plan, staging, self.report, self._hooks, self._reload, self._ranks, self._offload
+                self.model,
+                self.plan,
+                staging,
+                self.report,
+                self._hooks,
+                self._reload,
+                self._ranks,
+                self._offload,
+                self._amax,
             )
             self._session.given = self._given
             self._session.start()
@@ -256,6 +272,7 @@ class LayerwiseLoader:
             raise UnmatchedPatternError(f"no tensor is matched by {', '.join(map(repr, unused))} of `offload`")
         if self._ranks is not None:
             plan = self._ranks.checked(plan)
+        _check_amax(self._amax, plan)
         return plan, reload
 
     def _undo(self, error):
@@ -274,6 +291,17 @@ class LayerwiseLoader:
         if self._session is not None:
             self._session.close()
         self._snapshot = self._session = self._reload = None
+
+
+def _check_amax(amax, plan):
+    entries = {name: entry for entry in plan.entries for name in entry.names}
+    for name, known in amax.items():
+        if name not in entries:
+            raise ValueError(f"`amax` must name tensors of the model, got {name!r}")
+        shape = PerTensor().scale_shape(entries[name].shape)
+        if not isinstance(known, torch.Tensor) or known.dtype != torch.float32 or tuple(known.shape) != shape:
+            found = f"{known.dtype} {tuple(known.shape)}" if isinstance(known, torch.Tensor) else repr(known)
+            raise ValueError(f"`amax` of `{name}` must be float32 of shape {shape}, got {found}")
 
 
 def _real_device(device):

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ class Session:
         reload: what the model holds already; None for its first load.
         ranks: the others that load with this one; None if it is alone.
         offload: patterns of what is on the CPU in the end.
+        amax: maxima of `per_tensor` weights that are known before they arrive.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Session:
         reload: Reload | None = None,
         ranks: Ranks | None = None,
         offload: tuple[str, ...] = (),
+        amax: Mapping[str, torch.Tensor] | None = None,
     ):
-        self._offload = offload
+        self._offload, self._amax = offload, amax or {}
         self.model, self.plan, self.report, self._reload, self._ranks = model, plan, report, reload, ranks
         self._staging = staging
         self._hooks = Hooks(*map(self._on_device, (hooks.on_unit, hooks.on_module, hooks.on_finish)), hooks.progress)
@@ -156,6 +158,9 @@ class Session:
             return
         tracked = Tracked(entry, self._staging)
         tracked.device = self._device_of(entry)
+        if tracked.one_scale:
+            known = next((self._amax[name] for name in entry.names if name in self._amax), None)
+            tracked.maxima = known if known is None else known.to(self._device)
         if self._reload is not None:
             self._reload.prepare(tracked)
         tracked.waits_for_ranks = self._ranks is not None and self._ranks.shares(entry)

@@ -24,6 +24,8 @@ class Tracked:
         q, scale: the FP8 result, allocated when the first group is quantized.
         installed: the model already holds the result.
         group: (rows, columns) that share a scale.
+        maxima: of its units, fp32 of the shape of its scales, where they are known before anything arrives: the scales
+            then are theirs, and any rectangle is quantized as it arrives.
         usual: shards may come by `Arrivals`.
         unit_box: all of a unit.
         edges: rows at which segments with a scale each begin and end, if it has such.
@@ -63,6 +65,7 @@ class Tracked:
         self.num_open = len(self.units)
         self.device = staging.device
         self.waits_for_ranks = False
+        self.maxima: torch.Tensor | None = None
         if not entry.scheme:
             self.units[0].buffer = first
 
@@ -83,7 +86,12 @@ class Tracked:
         return list(dict.fromkeys(place.module for place in self.places))
 
     def whole_groups(self, box: Box) -> Box | None:
-        """The part of a rectangle of a unit that is made of whole groups; None if there is none."""
+        """The part of a rectangle of a unit that is made of whole groups; None if there is none.
+
+        Where the scale is known already, every rectangle is.
+        """
+        if self.maxima is not None:
+            return box
         (num_rows, num_cols), (group_n, group_k) = self.unit_shape, self.group
         row0, row1, col0, col1 = box
         if self.edges:
@@ -107,8 +115,9 @@ class Tracked:
             values = values[:, row0 - box[0] : row1 - box[0], col0 - box[2] : col1 - box[2]]
         self.allocate()
         scheme = self.entry.scheme.part(*self.segments_in(whole)) if self.edges else self.entry.scheme
+        amax = None if self.maxima is None else self.maxima.reshape(-1)[first : first + count]
         with self.staging.on_device():
-            quantize_to(values, scheme, *self.result_of(first, count, whole))
+            quantize_to(values, scheme, *self.result_of(first, count, whole), amax)
         return whole
 
     def quantize_unit(self, number: int, values: torch.Tensor, amax: torch.Tensor | None = None):
@@ -121,6 +130,8 @@ class Tracked:
         if self._results is None:
             self._split_results()
         q, scale = self._results[number]
+        if self.maxima is not None:
+            amax = self.maxima.reshape(-1)[number]
         if amax is not None:
             amax = amax.view(scale.shape)
         if self.staging.is_current():  # a context, even one of nothing, costs as much as a view

@@ -148,6 +148,8 @@ class Writes:
             tracked = target and target.tracked
             if tracked is None or not tracked.streams or not target.in_elements or tracked.entry.fp8_dtype != q.dtype:
                 return False
+            if tracked.maxima is not None:  # its scales are told already, and may be others
+                return False
             target.locate()
             units, scheme = target.units, tracked.entry.scheme
             found = target.rectangle() if units and t.stride()[-2:] == (tracked.unit_shape[1], 1) else None
