@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -12,12 +13,14 @@ import torch
 
 from .. import ops
 from ..errors import CheckpointError, NonFiniteWeightError, UnsupportedLayoutError
+from ..loading.prefetch import Prefetch
 from ..loading.report import Report
 from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, as_scheme, dtype_name, scheme_name
 from .amax import read_amax
 from .folder import PartialFolder
 from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, family_of, module_of
+from .output import FileOutput, Output
 from .plan import PlannedTensor, plan_tensors
 from .reader import Checkpoint, TensorInfo, open_checkpoint
 from .safetensors_file import SafetensorsWriter, num_bytes
@@ -79,6 +82,8 @@ def quantize_checkpoint(
         except NonFiniteWeightError:
             folder.discard()  # resuming could only fail again
             raise
+        finally:
+            quantizer.close()
         _write_the_rest(checkpoint, folder, items, stored, fmt)
         folder.commit()
     num_quantized = sum(item.scheme is not None for item in items.values())
@@ -151,11 +156,13 @@ class Quantizer:
         device: where to work.
 
     Attributes:
+        device: where it works.
         peak_bytes: the most that one weight with its codes and scales has taken.
     """
 
     def __init__(self, checkpoint: Checkpoint, items: Mapping[str, PlannedTensor], dtype: torch.dtype, device):
-        self._checkpoint, self._items, self._dtype, self._device = checkpoint, items, dtype, torch.device(device)
+        self._checkpoint, self._items, self._dtype, self.device = checkpoint, items, dtype, torch.device(device)
+        self._sources = Prefetch(self.device)
         # amax of every per_tensor weight so far, four bytes each; of all from the start where there is a sidecar
         self._shared = {name: amax.to(device) for name, amax in read_amax(checkpoint).items()}
         self.peak_bytes = 0
@@ -166,14 +173,46 @@ class Quantizer:
         Raises:
             NonFiniteWeightError: the weight holds NaN or Inf; names every such weight of the checkpoint.
         """
+        q, scale = self.start(name, weight)()
+        if not scale.isfinite().all():
+            self.refuse_non_finite()
+        return q, scale
+
+    def start(self, name: str, weight: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Begin to quantize a weight; returns what waits for the result of `quantize`, on any thread."""
         scheme = self._items[name].scheme
-        weight = weight.to(self._device)
+        weight = self._placed(weight)
         amax = self._shared_amax(name, weight) if isinstance(scheme, PerTensor) else None
         q, scale = ops.quantize(weight, scheme, dtype=self._dtype, amax=amax)
-        if not scale.float().isfinite().all():
-            raise NonFiniteWeightError(f"weights hold NaN or Inf: {', '.join(self._all_non_finite())}")
         self.peak_bytes = max(self.peak_bytes, weight.nbytes + q.nbytes + scale.nbytes)
-        return q.cpu(), scale.float().cpu().reshape(scale.shape or (1,))
+        scale = scale.float().reshape(scale.shape or (1,))
+        if self.device.type != "cuda":
+            return lambda: (q.cpu(), scale.cpu())
+        held = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (q, scale))
+        for to, t in zip(held, (q, scale), strict=True):
+            to.copy_(t, non_blocking=True)
+        arrived = torch.cuda.current_stream(self.device).record_event()
+
+        def result():
+            arrived.synchronize()
+            return held
+
+        return result
+
+    def refuse_non_finite(self):
+        """Raise NonFiniteWeightError; names every weight of the checkpoint that holds NaN or Inf."""
+        raise NonFiniteWeightError(f"weights hold NaN or Inf: {', '.join(self._all_non_finite())}")
+
+    def close(self):
+        """Let go of what reads ahead."""
+        self._sources.close()
+
+    def _placed(self, weight):
+        if self.device.type != "cuda":
+            return weight.to(self.device)
+        placed = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
+        self._sources.bring(placed, weight)
+        return placed
 
     def _shared_amax(self, name, weight):
         """The largest amax of the fused family; each member is read once more at most, in whichever file it is."""
@@ -184,7 +223,7 @@ class Quantizer:
         for member in family:
             if member not in self._shared:  # no name for the other weights, so that one at most is held
                 self._shared[member] = ops.amax(
-                    weight if member == name else self._checkpoint.read(member).to(self._device), "per_tensor"
+                    weight if member == name else self._placed(self._checkpoint.read(member)), "per_tensor"
                 )
         return torch.stack([self._shared[member] for member in family]).amax(dim=0)
 
@@ -194,35 +233,62 @@ class Quantizer:
                 yield name
 
 
+class _NonFinite(Exception):
+    """A scale is not finite; which weights are not is found out where their files may be read."""
+
+
 def _write_weights(checkpoint, folder, items, quantizer, stored, progress):
-    """Write each weight file that is not there yet; returns seconds by phase.
+    """Write each weight file that is not there yet; returns seconds by phase, which overlap.
 
     Args:
         stored: name of a tensor -> {name: (dtype, shape)} of what is stored for it.
     """
     seconds = {"quantize": 0.0, "write": 0.0}
     done, total = 0, sum(item.bytes_in for item in items.values())
-    for file in checkpoint.files:
-        names = [name for name, info in checkpoint.metadata().items() if info.file == file]
-        output = _output_name(checkpoint, file)
-        if folder.has(output):
-            done += sum(items[name].bytes_in for name in names)
-            continue
-        entries = {entry: layout for name in names for entry, layout in stored[name].items()}
-        with SafetensorsWriter(folder.path / output, entries, {"format": "pt"}) as writer:
-            for name, tensor in checkpoint.tensors(file):
-                start = time.perf_counter()
-                values = (tensor,) if items[name].scheme is None else quantizer.quantize(name, tensor)
-                quantized = time.perf_counter()
-                for entry, value in zip(stored[name], values, strict=True):
-                    writer.write(entry, value)
-                seconds["quantize"] += quantized - start
-                seconds["write"] += time.perf_counter() - quantized
-                del tensor, values, value  # before the next one is read
-                done += items[name].bytes_in
-                if progress:
-                    progress(done, total, name)
+
+    def written(name):
+        nonlocal done
+        done += items[name].bytes_in
+        if progress:
+            progress(done, total, name)
+
+    try:
+        # What waits would take memory of the kind that is quantized in.
+        with Output(at_once=quantizer.device.type == "cpu") as output:
+            for file in checkpoint.files:
+                names = [name for name, info in checkpoint.metadata().items() if info.file == file]
+                path = folder.path / _output_name(checkpoint, file)
+                if folder.has(path.name):
+                    done += sum(items[name].bytes_in for name in names)
+                    continue
+                entries = {entry: layout for name in names for entry, layout in stored[name].items()}
+                with FileOutput(SafetensorsWriter(path, entries, {"format": "pt"}), output) as file_output:
+                    for name, tensor in checkpoint.tensors(file):
+                        started = time.perf_counter()
+                        values = _values_of(items[name], tensor, quantizer, stored[name])
+                        seconds["quantize"] += time.perf_counter() - started
+                        size = sum(num_bytes(*layout) for layout in stored[name].values())
+                        file_output.write(values, size, functools.partial(written, name))
+                        del tensor, values  # before the next one is read
+            seconds["write"] = output.seconds
+    except _NonFinite:
+        quantizer.refuse_non_finite()
     return seconds
+
+
+def _values_of(item, tensor, quantizer, stored):
+    """What returns the tensors that are stored for one, by name, on whichever thread asks for them."""
+    if item.scheme is None:
+        return lambda: {item.name: tensor}
+    result = quantizer.start(item.name, tensor)
+
+    def values():
+        q, scale = result()
+        if not scale.isfinite().all():
+            raise _NonFinite
+        return dict(zip(stored, (q, scale), strict=True))
+
+    return values
 
 
 def _write_the_rest(checkpoint, folder, items, stored, fmt):

@@ -136,6 +136,12 @@ class SafetensorsWriter:
             chunk = data[start : start + _CHUNK_BYTES]
             while len(chunk):  # an unbuffered write may take less than it was given
                 chunk = chunk[self._file.write(chunk) :]
+            self._begin_writeback(offset + start, len(data[start : start + _CHUNK_BYTES]))
+
+    def _begin_writeback(self, offset, count):
+        """Have it go to the disk now, beside what comes next; at the end only the last of it is waited for."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), offset, count, os.POSIX_FADV_DONTNEED)
 
     def _cannot_write(self, error):
         return CheckpointError(f"cannot write {self.path} ({self.num_bytes} bytes): {error.strerror or error}")
