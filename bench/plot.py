@@ -1,6 +1,7 @@
-"""Draws saved results of `bench.kernels`: a roofline and a sweep over sizes, as SVG beside the JSON.
+"""Draws saved results as SVG beside the JSON: of `bench.kernels` a roofline and a sweep over sizes, of `bench.load`
+the timeline of a load.
 
-    python -m bench.plot [FILE ...]    # default: every bench/results/kernels_*.json
+    python -m bench.plot [FILE ...]    # default: every bench/results/kernels_*.json and load_*.json
 
 Needs matplotlib (`pip install fp8_kernels[bench]`).
 """
@@ -58,6 +59,24 @@ def sizes(results: dict, case: str, axes):
     _finish(axes, case, "ps an element")
 
 
+def load_timeline(found: dict, axes):
+    """How busy the copies, the kernels and the host were in each moment of a load, one lane each."""
+    width = found["seconds"] * 1e3 / len(next(iter(found["lanes"].values())))
+    for lane, (name, shares) in enumerate(reversed(found["lanes"].items())):
+        if name == "host waits":
+            name, shares = "host, not waiting", [1 - share for share in shares]
+        axes.bar(
+            [(i + 0.5) * width for i in range(len(shares))],
+            [0.9 * share for share in shares],
+            width,
+            bottom=lane,
+            color=f"C{lane}",
+        )
+        axes.annotate(name, (0, lane + 0.92), fontsize=8, va="bottom")
+    axes.set(xlabel="ms", yticks=[], ylim=(0, len(found["lanes"]) + 0.2))
+    axes.set_title(f"{found['model']}, {found['scheme']}: how busy, moment by moment")
+
+
 def _finish(axes, title, label):
     axes.set_xscale("log", base=2)
     axes.set(title=title, ylabel=label, xlabel="bytes of the bf16 weight")
@@ -65,15 +84,20 @@ def _finish(axes, title, label):
 
 
 def draw(results: dict, stem: Path) -> list[Path]:
-    """Write `<stem>_roofline.svg` and, where sizes were swept, `<stem>_sizes.svg`."""
+    """Write `<stem>_roofline.svg`, `<stem>_sizes.svg` and `<stem>_timeline.svg`, those that there are results for."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = stem.name  # the same file for the same results
     from matplotlib import pyplot
 
-    figures = {"roofline": pyplot.subplots(figsize=(8, 5), layout="constrained")}
-    roofline(results, figures["roofline"][1])
+    figures = {}
+    if "rows" in results:
+        figures["roofline"] = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        roofline(results, figures["roofline"][1])
+    if "timeline" in results:
+        figures["timeline"] = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
+        load_timeline(results["timeline"], figures["timeline"][1])
     cases = list(dict.fromkeys(row["case"] for row in results.get("sweep", ())))
     if cases:
         layout = {"figsize": (4 * len(cases), 4), "layout": "constrained"}
@@ -90,7 +114,9 @@ def draw(results: dict, stem: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    files = list(map(Path, sys.argv[1:] if argv is None else argv)) or sorted(RESULTS.glob("kernels_*.json"))
+    files = list(map(Path, sys.argv[1:] if argv is None else argv)) or sorted(
+        file for name in ("kernels", "load") for file in RESULTS.glob(f"{name}_*.json")
+    )
     if "-h" in map(str, files) or "--help" in map(str, files):
         print(__doc__)
         return 0

@@ -1,4 +1,4 @@
-"""Writes the tables of saved kernel results into bench/README.md, between its two marks.
+"""Writes the tables of saved results into bench/README.md, each between its two marks: kernels, and whole loads.
 
 python -m bench.readme
 """
@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from bench import load_tables
 from bench.bars import bars_table
 from bench.host import table as host_table
 from bench.kernels import RESULTS
@@ -16,6 +17,7 @@ from bench.tables import peer_table, report
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+LOAD_BEGIN, LOAD_END = "<!-- checkpoints -->\n", "<!-- end of checkpoints -->\n"
 SHOWN = (128, 1536, 2048)  # where every implementation is listed
 
 
@@ -33,14 +35,29 @@ def block() -> str:
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
-def shown() -> str:
-    """What stands between the marks now."""
-    return README.read_text().partition(BEGIN)[2].partition(END)[0]
+def load_block() -> str:
+    """Markdown of every saved run of `bench.load`."""
+    parts = []
+    for file in sorted(RESULTS.glob("load_*.json")):
+        results = json.loads(file.read_text())
+        parts += [f"{results['machine']['name']} ([results](results/{file.name})):", load_tables.table(results)]
+        parts.append("\n".join(f"- {line}" for line in load_tables.bars(results)))
+        for plot in sorted(RESULTS.glob(f"{file.stem}_*.svg")):
+            parts.append(f"![{plot.stem}](results/{plot.name})")
+    return "\n" + "".join(f"{part}\n\n" for part in parts)
+
+
+def shown(begin: str = BEGIN, end: str = END) -> str:
+    """What stands between two marks now."""
+    return README.read_text().partition(begin)[2].partition(end)[0]
 
 
 def main() -> int:
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + BEGIN + block() + END + rest.partition(END)[2])
+    text = README.read_text()
+    for begin, end, made in ((BEGIN, END, block()), (LOAD_BEGIN, LOAD_END, load_block())):
+        before, _, rest = text.partition(begin)
+        text = before + begin + made + end + rest.partition(end)[2]
+    README.write_text(text)
     return 0
 
 
