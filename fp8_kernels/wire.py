@@ -61,7 +61,7 @@ class SpanLoad:
             for name, info in self._infos.items()
             if info.num_bytes >= _EARLY_BYTES and rules.decide(name, info.shape, info.dtype)[0] is None
         }
-        self._spans = make_spans(checkpoint, without=self._early)
+        self._spans = []
         files = [checkpoint.folder / file for file in checkpoint.files]
         self._transfer = Transfer(device, Options.for_files(files))
         self._exits = contextlib.ExitStack()
@@ -73,6 +73,7 @@ class SpanLoad:
             tensor = torch.empty(info.shape, dtype=info.dtype, device=self._device)
             path = str(self._checkpoint.folder / info.file)
             self._early[name] = tensor, transfer.fetch(Span(path, info.offset, info.num_bytes), tensor)
+        self._spans = make_spans(self._checkpoint, without=self._early)
         self._arriving = transfer.start([span for span, _ in self._spans if span.num_bytes])
         return self
 

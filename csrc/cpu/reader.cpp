@@ -1,9 +1,9 @@
 // Bytes of files and of host memory to a device as fast as the machine moves them; fp8_kernels/loading/engine.py calls
 // this through ctypes.
 //
-// A transfer takes chunks, runs of bytes, in the order in which they are needed. Threads read them into a ring of
-// page-locked slots; one more thread enqueues the copy of each to the device as soon as it is read. None of them
-// touches Python, so neither reading nor copying waits for the interpreter.
+// A transfer takes runs of bytes in the order in which they are needed, and cuts them into chunks, which threads read
+// into a ring of page-locked slots; one more thread enqueues the copy of each to the device as soon as it is read. None
+// of them touches Python, so neither reading nor copying waits for the interpreter.
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -23,20 +23,21 @@
 namespace fp8_kernels::cpu {
 namespace {
 
-constexpr int64_t kRun = 4 << 20;  // of a plain read, for one thread
+constexpr int64_t kTask = 4 << 20;  // bytes of a plain read, for one thread
 
 // These three are mirrored in engine.py.
-struct Chunk {
+struct Run {
   int64_t fd;      // -1: host memory
   int64_t offset;  // in the file; an address for host memory
   int64_t bytes;
   uint64_t to;    // address on the device
-  int64_t group;  // chunks of a group follow each other; groups count from 0
+  int64_t group;  // that it is part of; groups are added whole, and count from 0
   int64_t after;  // copies of this group come after the release of that one; -1 for none
 };
 
 struct Options {
   int64_t num_threads;
+  int64_t chunk_bytes;
   int64_t max_groups;  // that may be between being copied and being released
   int64_t direct;      // files are open with O_DIRECT
   int64_t on_device;   // 0: copy from host to host
@@ -83,10 +84,17 @@ class Transfer {
     }
   }
 
-  void add(const Chunk* chunks, int64_t count) {
+  void add(const Run* runs, int64_t count) {
     {
       std::lock_guard lock(mutex_);
-      for (int64_t i = 0; i < count; ++i) chunks_.push_back({chunks[i], kNotRead});
+      for (const Run* run = runs; run != runs + count; ++run) {
+        for (int64_t start = 0; start < run->bytes; start += options_.chunk_bytes) {
+          Run chunk = *run;
+          chunk.offset += start, chunk.to += start;
+          chunk.bytes = std::min(options_.chunk_bytes, run->bytes - start);
+          chunks_.push_back({chunk, kNotRead});
+        }
+      }
     }
     added_.notify_all();
     copier_.notify_one();
@@ -141,7 +149,7 @@ class Transfer {
   static constexpr int32_t kNotRead = -1;
 
   struct State {
-    Chunk chunk;
+    Run chunk;
     int32_t lead;  // where it begins in its slot, once it is read
   };
 
@@ -156,7 +164,7 @@ class Transfer {
 
   void read_chunks() {
     for (;;) {
-      Chunk chunk;
+      Run chunk;
       int64_t i, slot;
       {
         std::unique_lock lock(mutex_);
@@ -212,7 +220,7 @@ class Transfer {
     int64_t group = -1;  // that the last chunk was of
     for (int64_t i = 0;; ++i) {
       const int64_t slot = i % num_slots_;
-      Chunk chunk;
+      Run chunk;
       const char* from;
       bool first, last;
       {
@@ -220,7 +228,6 @@ class Transfer {
         copier_.wait(lock, [&] { return stopped_ || (i < num_chunks() && chunks_[i].lead != kNotRead); });
         if (stopped_) return;
         chunk = chunks_[i].chunk, from = ring_.slot(slot) + chunks_[i].lead;
-        // Groups are added whole.
         first = chunk.group != group, group = chunk.group;
         last = i + 1 == num_chunks() || chunks_[i + 1].chunk.group != group;
         if (first && released_ <= chunk.after) {
@@ -247,7 +254,7 @@ class Transfer {
 
   int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
 
-  bool enqueue(const Chunk& chunk, const char* from, int64_t slot, bool first, bool last) {
+  bool enqueue(const Run& chunk, const char* from, int64_t slot, bool first, bool last) {
     void* stream = reinterpret_cast<void*>(options_.stream);
     if (first && chunk.after >= 0) {
       void* released = release_events_[chunk.after % options_.max_groups];
@@ -316,8 +323,8 @@ EXPORT void fp8_ring_destroy(void* ring) { delete static_cast<Ring*>(ring); }
 EXPORT void* fp8_transfer_create(void* ring, const Options* options) {
   return guarded([&] { return static_cast<void*>(new Transfer(*static_cast<Ring*>(ring), *options)); }, nullptr);
 }
-EXPORT int fp8_transfer_add(void* transfer, const Chunk* chunks, int64_t count) {
-  return guarded([&] { return static_cast<Transfer*>(transfer)->add(chunks, count), 1; }, 0);
+EXPORT int fp8_transfer_add(void* transfer, const Run* runs, int64_t count) {
+  return guarded([&] { return static_cast<Transfer*>(transfer)->add(runs, count), 1; }, 0);
 }
 EXPORT int fp8_transfer_wait(void* transfer, int64_t group, int follow, void* stream) {
   return static_cast<Transfer*>(transfer)->wait(group, follow, stream);
@@ -343,7 +350,7 @@ EXPORT int64_t fp8_read_rows(int64_t fd, int64_t offset, int64_t stride, int64_t
     stride = row_bytes = 1, num_rows = total;
   }
   const bool dense = row_bytes == 1 && stride == 1;
-  const int64_t per_task = std::max<int64_t>(1, kRun / std::max<int64_t>(1, row_bytes));
+  const int64_t per_task = std::max<int64_t>(1, kTask / std::max<int64_t>(1, row_bytes));
   const int64_t tasks = (num_rows + per_task - 1) / per_task;
   std::atomic<int64_t> next{0}, failed{0};
   const auto work = [&] {

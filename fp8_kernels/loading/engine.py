@@ -1,19 +1,22 @@
 """Moving bytes of files and of host memory to a device: the C++ threads of csrc/cpu/reader.cpp, or Python's.
 
-Both engines take *chunks* in the order in which they are needed, read them into a ring of page-locked slots, several at
-a time, and enqueue the copy of each on one stream. Chunks that belong together are a *group*, which arrives as a whole,
-and whose memory is given back as a whole.
+Both engines take *runs* of bytes in the order in which they are needed, read them into a ring of page-locked slots, a
+chunk in each and several at a time, and enqueue the copy of each chunk on one stream. Runs that belong together are a
+*group*, which arrives as a whole, and whose memory is given back as a whole.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import threading
 import time
+from array import array
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -25,18 +28,23 @@ ENDS_EARLY = "the file ends before its header says"
 _PAGE = 4096
 
 
-class Chunk(ctypes.Structure):
+class Run(NamedTuple):
     """A run of bytes.
 
-    Fields:
+    Attributes:
         fd, offset: of a file; `HOST` and an address for host memory.
-        bytes: at most a slot's.
+        bytes: at least one.
         to: address on the device.
-        group: it belongs to; chunks of a group are added together, groups count from 0.
+        group: that it is part of; groups are added whole, and count from 0.
         after: copies of its group come after the release of that group; -1 for none.
     """
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("fd", "offset", "bytes", "to", "group", "after")]
+    fd: int
+    offset: int
+    bytes: int
+    to: int
+    group: int
+    after: int
 
 
 class Counters(ctypes.Structure):
@@ -48,7 +56,8 @@ class Counters(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("num_threads", "max_groups", "direct", "on_device", "stream")]
+    _names = ("num_threads", "chunk_bytes", "max_groups", "direct", "on_device", "stream")
+    _fields_ = [(name, ctypes.c_int64) for name in _names]
 
 
 class EngineError(Exception):
@@ -94,29 +103,29 @@ class NativeEngine:
 
     Args:
         num_threads: that read.
-        slot_bytes, num_slots: of the ring.
+        chunk_bytes, num_slots: of the ring.
         direct: files are open with O_DIRECT.
         lock: page-lock the ring, so far as the system lets.
         stream: of the copies; None to copy to host memory.
     """
 
-    def __init__(self, num_threads: int, slot_bytes: int, num_slots: int, direct: bool, lock: bool, stream):
+    def __init__(self, num_threads: int, chunk_bytes: int, num_slots: int, direct: bool, lock: bool, stream):
         self._library = native()
         self._transfer = None
-        self._ring = self._library.fp8_ring_create(slot_bytes, num_slots, lock)
+        self._ring = self._library.fp8_ring_create(chunk_bytes, num_slots, lock)
         if not self._ring:
-            raise EngineError(f"{slot_bytes * num_slots} bytes of host memory cannot be had")
+            raise EngineError(f"{chunk_bytes * num_slots} bytes of host memory cannot be had")
         handle = 0 if stream is None else stream.cuda_stream
-        options = _Options(num_threads, MAX_GROUPS, direct, stream is not None, handle)
+        options = _Options(num_threads, chunk_bytes, MAX_GROUPS, direct, stream is not None, handle)
         self._transfer = self._library.fp8_transfer_create(self._ring, ctypes.byref(options))
         if not self._transfer:
             self.close()
             raise EngineError("no memory or no threads")
 
-    def add(self, chunks: Sequence[Chunk]):
+    def add(self, runs: Sequence[Run]):
         """Have these moved, after all that were added before."""
-        array = (Chunk * len(chunks))(*chunks)
-        if not self._library.fp8_transfer_add(self._transfer, array, len(chunks)):
+        numbers = array("q", itertools.chain.from_iterable(runs))
+        if not self._library.fp8_transfer_add(self._transfer, numbers.buffer_info()[0], len(runs)):
             raise EngineError("out of memory")
 
     def wait(self, group: int, stream=None):
@@ -153,15 +162,15 @@ class NativeEngine:
 class PythonEngine:
     """The same with Python's threads, which wait for the interpreter between two reads, where nothing was compiled."""
 
-    def __init__(self, num_threads: int, slot_bytes: int, num_slots: int, direct: bool, lock: bool, stream):
-        self._direct, self._stream, self._num_slots = direct, stream, num_slots
+    def __init__(self, num_threads: int, chunk_bytes: int, num_slots: int, direct: bool, lock: bool, stream):
+        self._direct, self._stream, self._num_slots, self._chunk_bytes = direct, stream, num_slots, chunk_bytes
         self._slots, self._copied = [], [None] * num_slots
         self._counters, self._changed = Counters(), threading.Condition()
         for _ in range(num_slots):
-            memory = self._allocate(slot_bytes + 2 * _PAGE, lock)
+            memory = self._allocate(chunk_bytes + 2 * _PAGE, lock)
             lead = -memory.data_ptr() % _PAGE
-            self._slots.append(memory[lead : lead + slot_bytes + _PAGE])
-        self._chunks: list[Chunk] = []
+            self._slots.append(memory[lead : lead + chunk_bytes + _PAGE])
+        self._chunks: list[Run] = []
         self._read: dict[int, int] = {}  # chunk -> where it begins in its slot
         self._events: dict[int, tuple] = {}  # group -> (copied, released)
         self._next = self._issued = self._groups_issued = self._released = 0
@@ -171,9 +180,12 @@ class PythonEngine:
         for thread in self._threads:
             thread.start()
 
-    def add(self, chunks: Sequence[Chunk]):
+    def add(self, runs: Sequence[Run]):
         with self._changed:
-            self._chunks += chunks
+            for run in runs:
+                for start in range(0, run.bytes, self._chunk_bytes):
+                    size = min(self._chunk_bytes, run.bytes - start)
+                    self._chunks.append(run._replace(offset=run.offset + start, bytes=size, to=run.to + start))
             self._changed.notify_all()
 
     def wait(self, group: int, stream=None):

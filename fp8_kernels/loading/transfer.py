@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError, LoadError
-from .engine import HOST, MAX_GROUPS, Chunk, EngineError, NativeEngine, PythonEngine, native
+from .engine import HOST, MAX_GROUPS, EngineError, NativeEngine, PythonEngine, Run, native
 from .report import size_text
 
 RING_BYTES = 54 << 20  # of device memory where spans arrive, while others are used
@@ -64,7 +64,7 @@ class Options:
             return Options.for_memory()
         # Through the page cache, so that the next process finds the files there, if they fit.
         direct = total > free_memory() and all(map(_opens_directly, sizes))
-        return Options(num_threads=16, chunk_bytes=8 << 20, num_slots=32, direct=direct)
+        return Options(num_threads=32, num_slots=48, direct=direct)
 
     @staticmethod
     def for_memory() -> Options:
@@ -136,12 +136,12 @@ class Transfer:
         ring = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._follow()
         first, places = self._num_groups, list(_places(sizes, size))
-        chunks = []
+        runs, base = [], ring.data_ptr()
         for group, (span, (place, after)) in enumerate(zip(spans, places, strict=True), first):
             after = max(first + after if after >= 0 else -1, group - MAX_GROUPS)
-            self._cut(chunks, self._open(span.path), span.offset, span.num_bytes, ring.data_ptr() + place, group, after)
+            runs.append(Run(self._open(span.path), span.offset, span.num_bytes, base + place, group, after))
         self._num_groups += len(spans)
-        self._engine.add(chunks)
+        self._engine.add(runs)
         return self._receive(spans, [place for place, _ in places], first, ring)
 
     def _receive(self, spans, places, first, ring):
@@ -226,11 +226,10 @@ class Transfer:
         return self._counters if self._counters is not None else self._engine.counters()
 
     def _send(self, fd, offset, to):
-        group, chunks = self._num_groups, []
+        group = self._num_groups
         if not to.nbytes:
             return -1
-        self._cut(chunks, fd, offset, to.nbytes, to.data_ptr(), group, -1)
-        self._engine.add(chunks)
+        self._engine.add([Run(fd, offset, to.nbytes, to.data_ptr(), group, -1)])
         self._num_groups += 1
         return group
 
@@ -238,13 +237,6 @@ class Transfer:
         """Copies from now on come after what has been enqueued: their memory may be in use there."""
         if self._stream is not None:
             self._stream.wait_stream(self._consumer)
-
-    def _cut(self, chunks, fd, offset, num_bytes, to, group, after):
-        """Chunks for one group."""
-        step = self.options.chunk_bytes
-        for start in range(0, num_bytes, step):
-            size = min(step, num_bytes - start)
-            chunks.append(Chunk(fd, offset + start, size, to + start, group, after))
 
     def _open(self, path):
         fd = self._files.get(path)
