@@ -11,6 +11,7 @@ from .checkpoint import Checkpoint
 from .checkpoint.spans import Piece, make_spans
 from .errors import LoadError
 from .loading import LayerwiseLoader
+from .loading.copy_counter import BelowModes
 from .loading.feed import Feed, Plain, Rows
 from .loading.plan import listed
 from .loading.rules import Rules
@@ -108,7 +109,7 @@ class SpanLoad:
         """
         places = _Places(loader, self._infos, names)
         total, done = sum(info.num_bytes for info in self._infos.values()), 0
-        with loader._session.without_mode(), torch.no_grad():
+        with BelowModes(), torch.no_grad():
             feed = Feed(loader._session.writes)
             for name, (tensor, sent) in list(self._early.items()):
                 self._transfer.wait(sent)

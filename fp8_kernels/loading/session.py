@@ -119,15 +119,6 @@ class Session:
         with BelowModes():
             self.writes.write_box(self._named[name], expert, box, source)
 
-    @contextlib.contextmanager
-    def without_mode(self):
-        """Ops go their usual way inside, for who hands over what arrives through `writes` or `feed`."""
-        self._mode.leave()
-        try:
-            yield
-        finally:
-            self._mode.__enter__()
-
     def stop(self):
         """The end of loading: ops go their usual way again. May be called again."""
         if self._mode is not None:
