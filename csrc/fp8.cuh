@@ -34,9 +34,10 @@ struct ScaleDivider {
     if (s <= 0x1p-128f) inv = 0.0f, lift = 1.0f;  // 1 / s overflows: rules that allow such scales make zeros of them
   }
 
-  // Whether `plain` does for all elements of a group whose own amax gave a scale of this kind.
+  // Whether `plain` does for all elements of a group whose own amax gave a scale of this kind, and a ShortDivider for
+  // all elements of any.
   __host__ __device__ bool is_plain() const {
-    return lift == 1.0f && scale > 0.0f && scale < float_of(kInfBits) && corrected_below >= 0x1p20f;
+    return lift == 1.0f && scale > 0.0f && scale < 0x1p80f && corrected_below >= 0x1p20f;
   }
 
   // The same quotient for x that need none of the above, but for the sign of a zero.
@@ -52,6 +53,21 @@ struct ScaleDivider {
     const float corrected = copysignf(fmaf(remainder, inv, quotient), x);
     return fabsf(quotient) < corrected_below ? corrected : quotient;
   }
+};
+
+// x / scale to the same FP8 code in two operations, for bf16 and fp16: x of at most 11 significant bits.
+//
+// 1 / scale = high + low, where `high` has 13 bits, so that its product with x is exact, and `low` brings the sum to 37;
+// the fused step then rounds once. (tests/test_cuda_build.py checks every significand of a scale against every x next to
+// an FP8 rounding boundary.) `low` is above zero for powers of two as well, so that an infinite x stays one and a zero
+// keeps its sign. Scales are those of ScaleDivider::is_plain, of which neither part underflows.
+struct ShortDivider {
+  float high, low;
+
+  __host__ __device__ explicit ShortDivider(const ScaleDivider& divide)
+      : high(float_of((bits_of(divide.inv) - 1) & 0xfffff800)), low(fmaf(-high, divide.scale, 1.0f) * divide.inv) {}
+
+  __host__ __device__ float operator()(float x) const { return fmaf(x, low, x * high); }
 };
 
 // Two FP8 codes, `low` in the lower byte: nearest, ties to even, saturating (Inf too), NaN to 0x7f.

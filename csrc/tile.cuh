@@ -149,14 +149,11 @@ struct Vec {
     return acc;
   }
 
-  // The sign bits of elements 4 * half to 4 * half + 3, each on top of a byte; other bits are anything.
+  // The sign bits of elements 4 * half to 4 * half + 3 of floats, each on top of a byte; other bits are anything.
   __device__ uint32_t signs(int half) const {
-    if constexpr (sizeof(T) == 4) {
-      return __byte_perm(__byte_perm(words[4 * half], words[4 * half + 1], 0x73),
-                         __byte_perm(words[4 * half + 2], words[4 * half + 3], 0x73), 0x5410);
-    } else {
-      return __byte_perm(words[2 * half], words[2 * half + 1], 0x7531);
-    }
+    static_assert(sizeof(T) == 4);
+    return __byte_perm(__byte_perm(words[4 * half], words[4 * half + 1], 0x73),
+                       __byte_perm(words[4 * half + 2], words[4 * half + 3], 0x73), 0x5410);
   }
 
   // Elements 2 * pair and 2 * pair + 1.
@@ -203,19 +200,24 @@ __device__ Vec<T> load_vec(const T* group, const View& view, const VecPosition<I
   return vec;
 }
 
-// The codes of a vector. Where `kPlain`, every quotient is one that ScaleDivider has no special case for, and signs
-// are put in last, for four codes at once.
+// The codes of a vector. Where `kPlain`, the scale is one of ScaleDivider::is_plain, and floats are none that it has a
+// special case for; their signs are put in last, for four codes at once.
 template <Fp8Type kType, bool kPlain, typename T>
 __device__ uint2 codes_of(const Vec<T>& vec, const ScaleDivider& divide) {
   uint32_t codes[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float2 low = vec.pair(2 * i), high = vec.pair(2 * i + 1);
-    if constexpr (kPlain) {
-      codes[i] = to_fp8x2(divide.plain(low.x), divide.plain(low.y), kType) |
-                 to_fp8x2(divide.plain(high.x), divide.plain(high.y), kType) << 16 | (vec.signs(i) & 0x80808080);
+    const auto four = [&](const auto& quotient) {
+      return to_fp8x2(quotient(low.x), quotient(low.y), kType) |
+             to_fp8x2(quotient(high.x), quotient(high.y), kType) << 16;
+    };
+    if constexpr (!kPlain) {
+      codes[i] = four(divide);
+    } else if constexpr (sizeof(T) == 2) {
+      codes[i] = four(ShortDivider(divide));
     } else {
-      codes[i] = to_fp8x2(divide(low.x), divide(low.y), kType) | to_fp8x2(divide(high.x), divide(high.y), kType) << 16;
+      codes[i] = four([&](float x) { return divide.plain(x); }) | (vec.signs(i) & 0x80808080);
     }
   }
   return {codes[0], codes[1]};

@@ -1,6 +1,7 @@
 // Runs the numerics of csrc/fp8.cuh on the host, for tests/test_cuda_build.py.
 //
 //   fp8_host boundaries            the proof of ScaleDivider, exhaustive; prints how many cases it tried
+//   fp8_host short BITS            the same of ShortDivider, for x of that many significant bits
 //   fp8_host scale TYPE POW2 E5M2 MIN_AMAX MIN_SCALE RECIPROCAL_MAX  fp32 amaxes on stdin, stored scales on stdout (4 bytes each)
 //   fp8_host cast E5M2 RECIPROCAL  fp32 pairs (x, scale) on stdin, codes on stdout (1 byte each)
 #include <cstdio>
@@ -36,6 +37,28 @@ int boundaries() {
   return failed != 0;
 }
 
+// As above. Only the x of few bits next to boundary * scale can go wrong: the two around it, and one more each way.
+int short_boundaries(int bits) {
+  const uint32_t step = 1u << (24 - bits);
+  int64_t tried = 0, failed = 0;
+  for (uint32_t significand = 0; significand < 1u << 23; ++significand) {
+    const float scale = float_of(0x3f800000 | significand);
+    const ShortDivider divide{ScaleDivider(scale)};
+    for (int t = 16; t < 32; ++t) {
+      const float boundary = t / 16.0f;
+      const uint32_t below = bits_of(boundary * scale) & -step;
+      for (int away = -1; away <= 2; ++away) {
+        const float x = float_of(below + away * step);
+        const float fast = divide(x), exact = x / scale;
+        failed += (fast < boundary) != (exact < boundary) || (fast > boundary) != (exact > boundary);
+        ++tried;
+      }
+    }
+  }
+  std::printf("%lld tried, %lld failed\n", static_cast<long long>(tried), static_cast<long long>(failed));
+  return failed != 0;
+}
+
 template <typename T>
 std::vector<T> read_all() {
   std::vector<T> values;
@@ -48,6 +71,7 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   const auto flag = [&](int i) { return std::atoi(argv[i]) != 0; };
   if (mode == "boundaries") return boundaries();
+  if (mode == "short" && argc == 3) return short_boundaries(std::atoi(argv[2]));
   Rule rule;
   if (mode == "scale" && argc == 8) {
     rule.min_amax = std::atof(argv[5]);

@@ -121,6 +121,13 @@ def test_the_hoisted_division_gives_the_codes_of_ieee_division(fp8_host):
     assert run(fp8_host, "boundaries").decode() == "1207959552 tried, 0 failed\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 11], ids=["bfloat16", "float16"])
+def test_the_division_in_two_operations_gives_the_codes_of_ieee_division(fp8_host, bits):
+    """The same for the x of bf16 and fp16, every significand of a scale."""
+    assert run(fp8_host, "short", bits).decode() == "536870912 tried, 0 failed\n"
+
+
 def amaxes():
     """Random bit patterns of every exponent, and the values where the rule has a corner."""
     fp8_max = [448.0, 57344.0]
