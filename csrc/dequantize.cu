@@ -5,66 +5,127 @@ namespace fp8_kernels {
 namespace {
 
 constexpr int kNumThreads = 256;
+constexpr int kVecs = 2;  // loads in flight a thread, where they are aligned
+constexpr int kVecsPerBlock = kNumThreads * kVecs;
 
-// A thread makes one vector of a row; vectors count over the rows of all units, so groups matter only for the
-// scale that an element finds.
-template <typename T, bool kAligned>
+// Vectors of codes, counted over the rows of all units, so that groups matter only for the scale that an element finds.
+struct Lines {
+  Divisor vecs_per_row, num_rows;
+  int64_t num_vecs;
+};
+
+struct Place {
+  int64_t unit, row, col;
+};
+
+// `Index` is uint32_t where there are fewer than 2^31 vectors, which saves instructions.
+template <typename Index>
+__device__ Place place_of(const Lines& lines, Index vec) {
+  const auto divide = [](const Divisor& divisor, Index n) -> Index {
+    if constexpr (sizeof(Index) == 4) {
+      return divisor.divide32(n);
+    } else {
+      return divisor.divide(n);
+    }
+  };
+  const Index line = divide(lines.vecs_per_row, vec);
+  const Index unit = divide(lines.num_rows, line);
+  const Index row = line - unit * static_cast<Index>(lines.num_rows.value);
+  return {unit, row, (vec - line * static_cast<Index>(lines.vecs_per_row.value)) * kVecElements};
+}
+
+__device__ float scale_at(const DequantizeParams& p, const Place& at, int64_t grid_row) {
+  const int64_t offset = p.scale.offset(at.unit, grid_row, p.grouping.block_k.divide(at.col));
+  return scale_value(load_scale(p.scale.data, offset, p.scale_type), p.scale_type);
+}
+
+template <typename T>
+__device__ typename Elements<T>::Raw rounded(float value) {
+  return isnan(value) ? Elements<T>::kNan : Elements<T>::round(value);
+}
+
+// Whether one of four codes is a NaN or, which times 0 is one, an Inf.
+template <Fp8Type kType>
+__device__ bool has_special(uint32_t codes) {
+  // Codes from the first special one on carry into their top bits.
+  constexpr uint32_t kAdd = kType == Fp8Type::kE4M3 ? 0x01010101 : 0x04040404;
+  return ((codes & 0x7f7f7f7f) + kAdd) & 0x80808080;
+}
+
+// Vectors that are whole and aligned, and so each within one group.
+template <typename T, Fp8Type kType, typename Index>
 __global__ void __launch_bounds__(kNumThreads)
-    dequantize_kernel(const __grid_constant__ DequantizeParams p, const Divisor vecs_per_row, const Divisor num_rows,
-                      const int64_t num_vecs) {
-  using Raw = typename Elements<T>::Raw;
+    dequantize_vecs_kernel(const __grid_constant__ DequantizeParams p, const __grid_constant__ Lines lines) {
+  const Index first = static_cast<Index>(blockIdx.x) * kVecsPerBlock + threadIdx.x;
+
+  // Load.
+  Place places[kVecs];
+  uint2 codes[kVecs];
+  float scales[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const Index vec = first + i * kNumThreads;
+    if (vec >= lines.num_vecs) continue;
+    places[i] = place_of<Index>(lines, vec);
+    codes[i] = *reinterpret_cast<const uint2*>(p.q.at<uint8_t>(places[i].unit, places[i].row, places[i].col));
+    scales[i] = scale_at(p, places[i], p.grouping.block_n.divide(places[i].row));
+  }
+
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    if (first + i * kNumThreads >= lines.num_vecs) continue;
+    // Multiply and round. Products of what is finite are no NaNs, whose bits would need care.
+    Vec<T> vec;
+    const auto product = [&](int pair) {
+      const float2 values = from_fp8x2((pair < 2 ? codes[i].x : codes[i].y) >> (pair % 2 * 16) & 0xffff, kType);
+      return float2{values.x * scales[i], values.y * scales[i]};
+    };
+    const bool is_finite = !(has_special<kType>(codes[i].x) || has_special<kType>(codes[i].y)) &&
+                           fabsf(scales[i]) < float_of(kInfBits);
+    if (is_finite) {
+#pragma unroll
+      for (int pair = 0; pair < kVecElements / 2; ++pair) {
+        const float2 values = product(pair);
+        vec.set_pair(pair, values.x, values.y);
+      }
+    } else {
+      typename Elements<T>::Raw raw[kVecElements];
+#pragma unroll
+      for (int pair = 0; pair < kVecElements / 2; ++pair) {
+        const float2 values = product(pair);
+        raw[2 * pair] = rounded<T>(values.x);
+        raw[2 * pair + 1] = rounded<T>(values.y);
+      }
+      memcpy(vec.words, raw, sizeof(raw));
+    }
+
+    // Store.
+    auto* target = reinterpret_cast<uint4*>(p.w.at<T>(places[i].unit, places[i].row, places[i].col));
+#pragma unroll
+    for (int j = 0; j < Vec<T>::kWords / 4; ++j) {
+      const uint32_t* words = vec.words + 4 * j;
+      target[j] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+// Any other, a vector a thread.
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads)
+    dequantize_kernel(const __grid_constant__ DequantizeParams p, const __grid_constant__ Lines lines) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
-  if (index >= num_vecs) return;
-  const int64_t line = vecs_per_row.divide(index);
-  const int64_t unit = num_rows.divide(line);
-  const int64_t row = line - unit * num_rows.value;
-  const int64_t col = (index - line * vecs_per_row.value) * kVecElements;
-  const int64_t grid_row = p.grouping.block_n.divide(row);
-
-  // Load the codes.
-  const uint8_t* source = p.q.at<uint8_t>(unit, row, col);
-  uint32_t words[2] = {};
-  if constexpr (kAligned) {
-    const uint2 loaded = __ldcs(reinterpret_cast<const uint2*>(source));
-    words[0] = loaded.x;
-    words[1] = loaded.y;
-  } else {
+  if (index >= lines.num_vecs) return;
+  Place at = place_of(lines, index);
+  const int64_t grid_row = p.grouping.block_n.divide(at.row), left = p.grouping.num_cols - at.col;
+  const uint8_t* source = p.q.at<uint8_t>(at.unit, at.row, at.col);
+  auto* target = p.w.at<typename Elements<T>::Raw>(at.unit, at.row, at.col);
+  uint32_t codes[kVecElements];
 #pragma unroll
-    for (int i = 0; i < kVecElements; ++i) {
-      const uint32_t code = col + i < p.grouping.num_cols ? source[i * p.q.col_stride] : 0;
-      words[i / 4] |= code << (i % 4 * 8);
-    }
-  }
-
-  // Multiply and round; aligned vectors lie in one group.
-  Raw values[kVecElements];
-  float scale = 0.0f;
+  for (int i = 0; i < kVecElements; ++i) codes[i] = i < left ? source[i * p.q.col_stride] : 0;
 #pragma unroll
-  for (int i = 0; i < kVecElements; ++i) {
-    if (i == 0 || (!kAligned && col + i < p.grouping.num_cols)) {
-      const int64_t grid_col = p.grouping.block_k.divide(col + i);
-      const int64_t offset = p.scale.offset(unit, grid_row, grid_col);
-      scale = scale_value(load_scale(p.scale.data, offset, p.scale_type), p.scale_type);
-    }
-    const float2 pair = from_fp8x2(words[i / 4] >> (i % 4 / 2 * 16) & 0xffff, p.fp8_type);
-    const float value = (i % 2 == 0 ? pair.x : pair.y) * scale;
-    values[i] = isnan(value) ? Elements<T>::kNan : Elements<T>::round(value);
-  }
-
-  // Store.
-  Raw* target = p.w.at<Raw>(unit, row, col);
-  if constexpr (kAligned) {
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kWords / 4; ++i) {
-      uint4 packed;
-      memcpy(&packed, values + i * sizeof(packed) / sizeof(Raw), sizeof(packed));
-      __stcs(reinterpret_cast<uint4*>(target) + i, packed);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVecElements; ++i) {
-      if (col + i < p.grouping.num_cols) target[i * p.w.col_stride] = values[i];
-    }
+  for (int i = 0; i < kVecElements; ++i, ++at.col) {
+    if (i >= left) break;
+    target[i * p.w.col_stride] = rounded<T>(from_fp8x2(codes[i], p.fp8_type).x * scale_at(p, at, grid_row));
   }
 }
 
@@ -73,13 +134,22 @@ __global__ void __launch_bounds__(kNumThreads)
 void launch_dequantize(const DequantizeParams& params, InputType output_type, bool aligned, cudaStream_t stream) {
   const Grouping& grouping = params.grouping;
   const int64_t vecs_per_row = (grouping.num_cols + kVecElements - 1) / kVecElements;
-  const int64_t num_vecs = grouping.num_units * grouping.num_rows * vecs_per_row;
-  if (num_vecs == 0) return;
-  const auto num_blocks = static_cast<unsigned>((num_vecs + kNumThreads - 1) / kNumThreads);
+  const Lines lines = {Divisor(vecs_per_row), Divisor(grouping.num_rows),
+                       grouping.num_units * grouping.num_rows * vecs_per_row};
+  if (lines.num_vecs == 0) return;
+  const auto num_blocks = [&](int64_t vecs) { return static_cast<unsigned>((lines.num_vecs + vecs - 1) / vecs); };
   dispatch_input(output_type, [&](auto element) {
-    dispatch_bool(aligned, [&](auto is_aligned) {
-      dequantize_kernel<decltype(element), is_aligned.value><<<num_blocks, kNumThreads, 0, stream>>>(
-          params, Divisor(vecs_per_row), Divisor(grouping.num_rows), num_vecs);
+    using T = decltype(element);
+    if (!aligned) {
+      dequantize_kernel<T><<<num_blocks(kNumThreads), kNumThreads, 0, stream>>>(params, lines);
+      return;
+    }
+    dispatch_fp8(params.fp8_type, [&](auto fp8) {
+      dispatch_bool(lines.num_vecs < (int64_t{1} << 31) - kVecsPerBlock, [&](auto is_small) {
+        using Index = std::conditional_t<is_small.value, uint32_t, int64_t>;
+        dequantize_vecs_kernel<T, fp8.value, Index>
+            <<<num_blocks(kVecsPerBlock), kNumThreads, 0, stream>>>(params, lines);
+      });
     });
   });
   check_launch();

@@ -95,8 +95,7 @@ struct Runs {
   uint8_t* q;
   void* scale;
   int64_t w_stride, q_stride, scale_stride;
-  int64_t num_groups;
-  int32_t vecs;
+  int64_t num_groups, vecs;
   int64_t num_blocks;  // set at the launch
 };
 
@@ -110,6 +109,20 @@ struct RunsParams {
   bool pow2;
   Rule rule;
 };
+
+// Runs with amaxes, a stride apart.
+struct CastParams {
+  Runs runs;
+  const float* amax;
+  int64_t amax_stride;
+  Fp8Type fp8_type;
+  ScaleType scale_type;
+  bool pow2;
+  Rule rule;
+};
+
+// From how many vectors a group is worth thread blocks of cast_runs for itself.
+constexpr int64_t kLeastCastVecs = 512;
 
 // The extent of the blocks that quantize_blocks takes.
 constexpr int kFastBlock = 128;
@@ -144,6 +157,9 @@ void launch_quantize_ring(const RingParams& params, InputType type, cudaStream_t
 // One launch; reads w twice. `mailboxes`: split.num_mailboxes words, of any content, for the launch alone.
 void launch_quantize_split(const QuantizeParams& params, const Split& split, uint32_t* mailboxes, InputType type,
                            bool aligned, cudaStream_t stream);
+
+// One launch: the cast alone.
+void launch_cast_runs(const CastParams& params, InputType type, cudaStream_t stream);
 
 // One launch: the cast alone, with params.amax, of groups too large for one thread block.
 void launch_cast_split(const QuantizeParams& params, InputType type, bool aligned, cudaStream_t stream);

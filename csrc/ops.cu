@@ -233,13 +233,11 @@ void quantize_in_ring(const std::vector<Quantize>& calls, const Tensor& like, cu
   launch_quantize_ring(ring, calls[0].type, stream);
 }
 
-// The groups as runs of memory a stride apart, for quantize_runs; without data where they are not.
-Runs as_runs(const Quantize& call) {
+// The groups as runs of memory a stride apart; without data where they are not.
+CastParams as_runs(const Quantize& call) {
   const QuantizeParams& p = call.params;
   const Grouping& g = p.grouping;
-  if (!call.aligned || p.amax.data != nullptr || g.block_n.value != 1 || g.vecs_per_group > max_run_vecs(call.type)) {
-    return {};
-  }
+  if (!call.aligned || g.block_n.value != 1) return {};
   const auto grid_k = static_cast<int64_t>(g.grid_k.value), block_k = static_cast<int64_t>(g.block_k.value);
   const int64_t num_rows = g.num_groups / grid_k / g.num_units;
   if (grid_k > 1 && g.num_cols % block_k != 0) return {};
@@ -249,13 +247,26 @@ Runs as_runs(const Quantize& call) {
     const int64_t step = per_row > 1 ? within_row : num_rows > 1 ? v.row_stride : v.unit_stride;
     return g.num_units > 1 && v.unit_stride != num_rows * per_row * step ? -1 : step;
   };
-  Runs runs = {p.w.data, static_cast<uint8_t*>(p.q.data), p.scale.data};
+  CastParams cast = {{p.w.data, static_cast<uint8_t*>(p.q.data), p.scale.data}, static_cast<float*>(p.amax.data)};
+  Runs& runs = cast.runs;
   runs.w_stride = stride(p.w, grid_k, block_k);
   runs.q_stride = stride(p.q, grid_k, block_k);
   runs.scale_stride = stride(p.scale, grid_k, p.scale.col_stride);
+  cast.amax_stride = stride(p.amax, grid_k, p.amax.col_stride);
   runs.num_groups = g.num_groups;
-  runs.vecs = static_cast<int32_t>(g.vecs_per_group);
-  return runs.w_stride < 0 || runs.q_stride < 0 || runs.scale_stride < 0 ? Runs{} : runs;
+  runs.vecs = g.vecs_per_group;
+  cast.fp8_type = p.fp8_type;
+  cast.scale_type = p.scale_type;
+  cast.pow2 = p.pow2;
+  cast.rule = p.rule;
+  const bool are_runs = runs.w_stride >= 0 && runs.q_stride >= 0 && runs.scale_stride >= 0 && cast.amax_stride >= 0;
+  return are_runs ? cast : CastParams{};
+}
+
+// Those that quantize_runs takes.
+Runs as_short_runs(const Quantize& call) {
+  const bool fits = call.params.amax.data == nullptr && call.params.grouping.vecs_per_group <= max_run_vecs(call.type);
+  return fits ? as_runs(call).runs : Runs{};
 }
 
 // Weights of one device that differ in sizes and places alone, at most kMaxRunsWeights.
@@ -266,7 +277,7 @@ void quantize_runs(const std::vector<Quantize>& calls, cudaStream_t stream) {
   params.scale_type = p.scale_type;
   params.pow2 = p.pow2;
   params.rule = p.rule;
-  for (const Quantize& call : calls) params.weights[params.num_weights++] = as_runs(call);
+  for (const Quantize& call : calls) params.weights[params.num_weights++] = as_short_runs(call);
   launch_quantize_runs(params, calls[0].type, stream);
 }
 
@@ -280,7 +291,11 @@ void quantize_one(const Quantize& call, const Tensor& like, cudaStream_t stream)
   const auto& [p, type, element_size, aligned] = call;
   const Grouping& g = p.grouping;
   if (g.num_groups == 0) return;
-  if (as_runs(call).w != nullptr) return quantize_runs({call}, stream);
+  if (as_short_runs(call).w != nullptr) return quantize_runs({call}, stream);
+  if (p.amax.data != nullptr && g.vecs_per_group >= kLeastCastVecs) {
+    const CastParams cast = as_runs(call);
+    if (cast.runs.w != nullptr) return launch_cast_runs(cast, type, stream);
+  }
   if (is_blocks(call)) return launch_quantize_blocks(p, type, stream);
   if (g.vecs_per_group <= max_resident_vecs()) return launch_quantize_groups(p, type, aligned, stream);
   if (p.amax.data != nullptr) return launch_cast_split(p, type, aligned, stream);
@@ -369,7 +384,7 @@ void quantize_many_out(const std::vector<Tensor>& w, const std::vector<Tensor>& 
       continue;
     }
     // Whole weights all go into the ring, which takes large ones too.
-    const bool runs = has_grid(block_n, block_k) && as_runs(call).w != nullptr;
+    const bool runs = has_grid(block_n, block_k) && as_short_runs(call).w != nullptr;
     if (!runs && (has_grid(block_n, block_k) || !fits_ring(call))) {
       quantize_one(call, w[0], stream);
       continue;

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) quantize_runs_kernel(cons
   const Runs& runs = find_weight(p, block);
   const int lane = threadIdx.x % Traits::kTeam;
   const int64_t group = block * Traits::kTeams + threadIdx.x / Traits::kTeam;
-  const int num_vecs = group < runs.num_groups ? runs.vecs : 0;
+  const int num_vecs = group < runs.num_groups ? static_cast<int>(runs.vecs) : 0;
 
   // Load.
   const T* source = static_cast<const T*>(runs.w) + group * runs.w_stride + lane * kVecElements;
@@ -91,7 +91,7 @@ int64_t max_run_vecs(InputType type) { return type == InputType::kFloat32 ? 4096
 
 void launch_quantize_runs(RunsParams& params, InputType type, cudaStream_t stream) {
   int64_t vecs = 0;
-  for (int i = 0; i < params.num_weights; ++i) vecs = std::max<int64_t>(vecs, params.weights[i].vecs);
+  for (int i = 0; i < params.num_weights; ++i) vecs = std::max(vecs, params.weights[i].vecs);
   dispatch_input(type, [&](auto element) {
     using T = decltype(element);
     const auto fits = [&](auto traits) {

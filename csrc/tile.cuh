@@ -118,6 +118,12 @@ struct Elements<__nv_bfloat16> {
   __device__ static uint32_t amax_bits(uint32_t acc) { return max(acc & 0xffff, acc >> 16) << 16; }
   __device__ static float2 unpack(uint32_t word) { return {float_of(word << 16), float_of(word & 0xffff0000)}; }
   __device__ static Raw round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  __device__ static uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+  }
   static constexpr Raw kNan = 0x7fc0;
 };
 
@@ -135,6 +141,12 @@ struct Elements<__half> {
     return __half22float2(pair);
   }
   __device__ static Raw round(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  __device__ static uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+  }
   static constexpr Raw kNan = 0x7e00;
 };
 
@@ -162,6 +174,16 @@ struct Vec {
       return {float_of(words[2 * pair]), float_of(words[2 * pair + 1])};
     } else {
       return Elements<T>::unpack(words[pair]);
+    }
+  }
+
+  // The same elements, rounded; neither is a NaN.
+  __device__ void set_pair(int pair, float low, float high) {
+    if constexpr (sizeof(T) == 4) {
+      words[2 * pair] = bits_of(low);
+      words[2 * pair + 1] = bits_of(high);
+    } else {
+      words[pair] = Elements<T>::pack(low, high);
     }
   }
 };

@@ -67,11 +67,13 @@ def test_every_source_compiles_and_no_kernel_spills(build):
         "quantize_ring",
         "quantize_runs",
         "quantize_split",
+        "cast_runs",
         "cast_split",
         "amax",
         "amax_split",
         "copy_amax",
         "dequantize",
+        "dequantize_vecs",
     ):
         assert f"{family}_kernel" in names
     assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]

@@ -296,6 +296,46 @@ def test_amax_accumulates_over_shards(scheme, backend):
             assert_same_bits(out, want.cuda(), "amax")
 
 
+# Several thread blocks a group, the last of them full, partial, or with one vector; rows that adjoin or not.
+LONG_RUNS = [(2, 4, 4096), (3, 5, 4104), (2, 3, 12280), (1, 70000)]
+
+
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel"])
+def test_the_cast_of_long_runs_of_any_bits(scheme, dtype, fp8, backend):
+    """Random bits under amaxes near the data, of other data, and not finite; between the runs nothing is written."""
+    scheme, integers = SCHEMES[scheme], {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(integers)
+    for *lead, rows, cols in LONG_RUNS:
+        for gap in (0, 8):
+            w = torch.randint(limits.min, limits.max, (*lead, rows, cols + gap), dtype=integers).view(dtype)[..., :cols]
+            sizes = w.nan_to_num(0, 1, 1).float().abs()
+            own = sizes.flatten(-2).quantile(0.5, -1) if scheme.block[0] != 1 else sizes.quantile(0.5, -1, keepdim=True)
+            wide = torch.full((*lead, rows, cols + gap), 0x55, dtype=torch.uint8, device="cuda")
+            q = wide[..., :cols].view(fp8)
+            scale = torch.empty(scheme.scale_shape(w.shape), device="cuda")
+            on_device = torch.empty(wide.shape, dtype=dtype, device="cuda")[..., :cols].copy_(w)
+            for amax in (own, own * 1e-3, own * float("inf"), own * float("nan"), own * 0):
+                check_quantize(on_device, scheme, backend, fp8, amax.reshape(scale.shape).cuda(), (q, scale))
+            assert (wide[..., cols:] == 0x55).all()
+
+
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "per_block", "mxfp8", "block_3x5"])
+def test_dequantize_any_code_and_scale(scheme, dtype, fp8, backend):
+    """All 256 codes under scales of every size and sign, zero, Inf and NaN; aligned and not."""
+    scheme = SCHEMES[scheme]
+    for shape in [(40, 300, 512), (2, 33, 203)]:
+        q = torch.randint(0, 256, shape, dtype=torch.uint8).view(fp8)
+        scale = torch.randn(scheme.scale_shape(shape)) * torch.rand(scheme.scale_shape(shape)).mul(200).sub(100).exp2()
+        scale.view(-1)[:4] = torch.tensor([0.0, float("inf"), float("nan"), 1.0])[: scale.numel()]
+        scale = scale.abs().to(scheme.scale_dtype) if scheme.scale_dtype.itemsize == 1 else scale.to(scheme.scale_dtype)
+        want = fk.dequantize(q, scale, dtype, scheme, backend="reference")
+        assert_same_bits(fk.dequantize(q.cuda(), scale.cuda(), dtype, scheme, backend=backend).cpu(), want)
+
+
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements(backend):
     """Indices past 32 bits, in elements and in strides."""
