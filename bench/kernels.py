@@ -1,7 +1,7 @@
 """How fast are the kernels, beside everybody else's? Measures on a CUDA GPU, saves JSON, prints tables.
 
     python -m bench.kernels [--shapes 4096x4096 128x1536x2048 ...] [--schemes per_tensor cast ...]
-                            [--backends cuda triton] [--peers DIR] [--json FILE] [--budget SECONDS] [--quick]
+                            [--backends cuda triton] [--peers DIR] [--json FILE] [--budget SECONDS] [--quick] [--warm]
     python -m bench.kernels --table FILE    # the tables of results saved before, with --shapes every peer on those
 
 Per weight, kind of call and implementation, each with the L2 cache flushed:
@@ -10,17 +10,21 @@ Per weight, kind of call and implementation, each with the L2 cache flushed:
     call    from an idle GPU: host time from before the call until its result is there
     host    the part of `call` after which the host is free again
 
-Then a sweep over sizes, and what calls cost the host (`bench.host`). The weights and peers that matter most come
-first: with --budget the run stops cleanly and says what it left out. Every result is compared with the weight that it
-came from; an implementation that is wrong is no one's rival. The exit code is 2 without a GPU, 1 where one of our own
-backends failed.
+First what calls cost the host (`bench.host`); after the weights that have bars a sweep over sizes, then the other
+weights and slow peers: with --budget the run stops cleanly and says what it left out. With --warm, processes side by
+side compile before what Triton would else compile between the measurements. Every result is compared with the weight
+that it came from; an implementation that is wrong is no one's rival. The exit code is 2 without a GPU, 1 where one of
+our own backends failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,6 +53,7 @@ SHAPES = (
     (256, 512, 2048),
     (57344, 8192),
     (128, 2048, 768),
+    # No bar names the following.
     (28672, 4096),
     (8, 28672, 4096),
     (256, 4096, 7168),
@@ -56,9 +61,11 @@ SHAPES = (
 # Made of torch operations: many times slower, so on two weights only, and last, since compiling takes seconds a case.
 SLOW_PEERS = ("torch", "transformers", peers.COMPILED)
 SLOW_SHAPES = SHAPES[:2]
+SWEEP_BEFORE = (28672, 4096)
 SWEEP_CASES = ("per_tensor", "per_channel", "per_block", "per_group")
 SWEEP_COLS = 4096
 SWEEP_BYTES = [int(2 ** (i / 2)) for i in range(32, 65)]  # of bf16: 64 KB to 4 GB in steps of sqrt(2)
+SWEEP_PEERS_TO = 1 << 30
 
 # Our own backends, in the form of the peers.
 
@@ -154,11 +161,14 @@ def run_all(args, save) -> dict:
     if not args.quick:
         results["host"] = host.measure(clock, args.peers)
     slow = {name for name in SLOW_PEERS if name != peers.COMPILED or not args.quick}
-    for shape in args.shapes:
-        measure_weight(results, clock, budget, shape, args, found, set(SLOW_PEERS))
-        save(results)
-    if not args.quick:
-        results["sweep"] = sweep(clock, budget, args, found)
+    split = args.shapes.index(SWEEP_BEFORE) if SWEEP_BEFORE in args.shapes else len(args.shapes)
+    for shapes in (args.shapes[:split], args.shapes[split:]):
+        for shape in shapes:
+            measure_weight(results, clock, budget, shape, args, found, set(SLOW_PEERS))
+            save(results)
+        if "sweep" not in results and not args.quick:
+            results["sweep"] = sweep(clock, budget, args, found)
+            save(results)
     for shape in args.shapes if len(args.shapes) <= len(SLOW_SHAPES) else SLOW_SHAPES:
         everyone_else = {name for by_name in found.values() for name in by_name} - slow
         measure_weight(results, clock, budget, shape, args, found, everyone_else, own=False)
@@ -199,7 +209,7 @@ def sweep(clock, budget, args, found) -> list[dict]:
         w = torch.empty((num_rows, SWEEP_COLS), dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         for case in SWEEP_CASES:
             binds = {backend: ours(case, backend) for backend in args.backends}
-            if i % 4 == 0:
+            if i % 4 == 0 and num_bytes <= SWEEP_PEERS_TO:
                 binds |= {n: bind for n, bind in found.get(case, {}).items() if n not in SLOW_PEERS}
             for name, bind in binds.items():
                 row = {"bytes": w.numel() * 2, "case": case, "name": name, "ours": name in args.backends}
@@ -211,8 +221,35 @@ def sweep(clock, budget, args, found) -> list[dict]:
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"[:200]
                 rows.append(row)
+                run = None
         del w
+        torch.cuda.empty_cache()
     return rows
+
+
+def warm_all(args):
+    """Run each case once, in a process for each length of rows: what it compiles stays in the compilers' caches."""
+    smallest = {}
+    for shape in sorted(args.shapes, key=math.prod):
+        smallest.setdefault(shape[-1], shape)
+    command = [sys.executable, "-m", "bench.kernels", "--only-warm", "--schemes", *args.schemes]
+    command += ["--backends", *args.backends] + (["--peers", args.peers] if args.peers else [])
+    shapes = ["x".join(map(str, shape)) for shape in smallest.values()]
+    for process in [subprocess.Popen([*command, "--shapes", shape]) for shape in shapes]:
+        process.wait()
+
+
+def warm(args):
+    """Run each case once."""
+    found, _ = peers.load(args.peers)
+    w = torch.empty(args.shapes[0], dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    for case in args.schemes:
+        binds = {backend: ours(case, backend) for backend in args.backends} | found.get(case, {})
+        for name, bind in binds.items():
+            if name not in SLOW_PEERS:
+                # What cannot run is reported where it is measured.
+                with contextlib.suppress(Exception):
+                    bind(w)()
 
 
 # Command line.
@@ -240,6 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/kernels_<GPU>.json")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop starting measurements after that")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, no torch.compile, no sweep")
+    parser.add_argument("--warm", action="store_true", help="compile everything first, on many processors")
+    parser.add_argument("--only-warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of saved results, measure nothing")
     args = parser.parse_args(argv)
     if args.table:
@@ -251,6 +290,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.shapes = args.shapes or SHAPES
     args.backends = args.backends or [b for b in ("cuda", "triton") if b in fk.available_backends("cuda")]
+    if args.only_warm:
+        warm(args)
+        return 0
+    if args.warm:
+        warm_all(args)
     path = args.json or results_file(torch.cuda.get_device_name())
 
     def save(results):

@@ -360,7 +360,7 @@ def _fbgemm_triton():
     kernels = _import("fbgemm_gpu.experimental.gemm.triton_gemm.fp8_gemm")
 
     def bind_blocks(w):
-        if w.numel() > 1 << 31:
+        if w.numel() >= 1 << 31:
             raise Absent("an illegal memory access was seen above 2^31 elements")
         return lambda: kernels.triton_quantize_fp8_block(w, 128, 128)
 

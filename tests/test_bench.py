@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bars, conformance, kernels, measure, peers, readme, tables
+from bench import bars, conformance, kernels, measure, peers, readme, resources, tables
 from fp8_kernels.testing import assert_same_bits, loader_cases
 
 ROOT = Path(kernels.__file__).parents[1]
@@ -216,6 +216,25 @@ def test_plots_are_drawn_from_saved_results(tmp_path):
         for i in (20, 21)
     ]
     assert [path.name for path in plot.draw(saved, tmp_path / "a")] == ["a_roofline.svg", "a_sizes.svg"]
+
+
+def test_resources_are_read_from_the_compilers_report():
+    """A row a family, ranges over its instances, the largest spill; names of other functions are none."""
+    function = (
+        "ptxas info    : Function properties for _ZN11fp8_kernels23_GLOBAL__N__1_4_amax_cu{}I13__nv_bfloat16EEvT_\n"
+    )
+    report = (
+        function.format("11amax_kernel")
+        + "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        + "ptxas info    : Used 32 registers, used 1 barriers, 64 bytes smem\n"
+        + function.format("11amax_kernel")
+        + "    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
+        + "ptxas info    : Used 40 registers, used 0 barriers\n"
+        + function.format("9something")
+        + "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        + "ptxas info    : Used 255 registers, used 0 barriers\n"
+    )
+    assert resources.table(report).splitlines()[2:] == ["| `amax` | 2 | 32 to 40 | 0 to 64 | 16 |"]
 
 
 def test_a_spent_budget_says_what_it_left_out():
