@@ -34,7 +34,7 @@ import torch
 import fp8_kernels as fk
 from bench import host, peers
 from bench.bars import bars_table
-from bench.measure import Budget, Clock, count_launches, machine
+from bench.measure import Budget, Clock, count_launches, give_back, machine
 from bench.tables import CASES, DEFAULT_CASES, QUANTIZE, SCHEME_OF, is_right, line_of, peer_table, report
 from fp8_kernels import reference
 from fp8_kernels.schemes import as_scheme
@@ -196,7 +196,7 @@ def measure_weight(results, clock, budget, shape, args, found, without, own=True
             results["rows"].append(row)
             print(line_of(row), file=sys.stderr, flush=True)
             if torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory // 3:
-                torch.cuda.empty_cache()
+                give_back()
 
 
 def sweep(clock, budget, args, found) -> list[dict]:
@@ -223,7 +223,7 @@ def sweep(clock, budget, args, found) -> list[dict]:
                 rows.append(row)
                 run = None
         del w
-        torch.cuda.empty_cache()
+    give_back()
     return rows
 
 
