@@ -127,11 +127,16 @@ def _load_scale(pointers, mask):
 
 
 @triton.jit
-def _divide(x, scale, RECIPROCAL: tl.constexpr, BOUNDED: tl.constexpr):
-    """`x / scale` as IEEE division rounds it, for the scales that `_scale_from_amax` makes; where RECIPROCAL,
-    `x * (1 / scale)` instead, with 0 for a reciprocal that overflows.
+def _divide(x, scale, SHORT: tl.constexpr, RECIPROCAL: tl.constexpr, BOUNDED: tl.constexpr):
+    """`x / scale` to the FP8 code that IEEE division would give, for the scales that `_scale_from_amax` makes; where
+    RECIPROCAL, `x * (1 / scale)` instead, with 0 for a reciprocal that overflows.
 
-    A quotient by the rounded reciprocal, corrected by its exact remainder, is the correctly rounded one,
+    SHORT: x were bf16 or fp16, at most 11 significant bits. `1 / scale` is `high + low`; `high` has 13 bits, so that
+    its product with x is exact, and one fused step rounds once (proven by tests/test_cuda_build.py). `low` is above
+    zero for powers of two as well, so that Inf stays Inf and a zero keeps its sign. Neither part may underflow, so
+    large scales are lowered first.
+
+    Else a quotient by the rounded reciprocal, corrected by its exact remainder, is the correctly rounded one,
     which takes a third of the instructions of a division. The remainder is exact unless it falls under the
     smallest subnormal, so small scales are lifted first (by a power of two, which changes no quotient); the
     quotients that are still too small for it lie below 2**-40, where FP8 has only zero. With -x and
@@ -143,6 +148,15 @@ def _divide(x, scale, RECIPROCAL: tl.constexpr, BOUNDED: tl.constexpr):
     if RECIPROCAL:
         inv_scale = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         quotient = x * tl.where(inv_scale == _INF, 0.0, inv_scale)
+    elif SHORT:
+        lower = tl.where(scale > 2.0**60, 2.0**-64, 1.0)
+        scale = scale * lower
+        inv_scale = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        high = _float((_bits(inv_scale) - 1) & -2048)
+        low = tl.fma(high * -1.0, scale, 1.0) * inv_scale
+        high = tl.where(scale == _INF, 0.0, high)
+        low = tl.where(scale == _INF, 0.0, low)
+        quotient = tl.fma(x, tl.broadcast_to(low, x.shape), x * high) * lower
     else:
         lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
         scale = scale * lift
@@ -257,14 +271,17 @@ def _group_max(bits, SHARED: tl.constexpr):
 
 
 # Kernels. Sizes that only bound loops and masks are not specialized, so that new shapes rarely compile anew;
-# `num_cols`, `block_k` and the strides of the elements are, because vector access needs to know them aligned.
+# `num_cols`, `block_k` and the strides of the elements are, because vector access needs to know them aligned. What a
+# program's number is divided by is where it is 1, since a division would be the first thing that every program waits
+# for.
 
-_PLAIN = ["num_rows", "grid_n", "grid_k", "block_n", "tiles_n", "tiles_k", "pieces", "pieces_k", "split"]
+_PLAIN = ["num_rows", "grid_n", "grid_k", "block_n", "pieces"]
+_DIVISORS = ["tiles_n", "tiles_k", "pieces_k", "split"]
 _SCALE_STRIDES = ["s_stride_e", "s_stride_n", "s_stride_k"]
 _AMAX_STRIDES = ["a_stride_e", "a_stride_n", "a_stride_k"]
 
 
-@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES)
+@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES, do_not_specialize_on_alignment=_DIVISORS)
 def _amax_kernel(
     w, amax,
     num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
@@ -288,7 +305,7 @@ def _amax_kernel(
     tl.store(pointers, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES)
+@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES, do_not_specialize_on_alignment=_DIVISORS)
 def _copy_amax_kernel(
     w, out, amax,
     num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
@@ -306,7 +323,10 @@ def _copy_amax_kernel(
     tl.atomic_max(amax + unit * a_stride_e + row * a_stride_n + col * a_stride_k, value, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_PLAIN + _AMAX_STRIDES + _SCALE_STRIDES + ["num_partials"])
+@triton.jit(
+    do_not_specialize=_PLAIN + _AMAX_STRIDES + _SCALE_STRIDES + ["num_partials"],
+    do_not_specialize_on_alignment=_DIVISORS,
+)
 def _quantize_kernel(
     w, amax, q, scale,
     num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
@@ -318,6 +338,7 @@ def _quantize_kernel(
     RECIPROCAL: tl.constexpr, FNUZ: tl.constexpr, POW2: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales. The amaxes are found here where PARTIALS is 0, else the maximum of `num_partials` of `amax`."""
+    SHORT: tl.constexpr = w.dtype.element_ty != tl.float32
     unit, group_n, group_k, first = _program(split, tiles_n, tiles_k, R, G, SHARED)
     dims = (num_rows, num_cols, block_n, block_k, pieces_k)
     w += unit * w_stride_e
@@ -347,17 +368,17 @@ def _quantize_kernel(
     if first == 0:
         tl.store(scale + unit * s_stride_e + g_row * s_stride_n + g_col * s_stride_k, stored, mask=g_mask)
 
-    code = _encode(_divide(_widen(x), group_scale, RECIPROCAL, BOUNDED), FP8_MAX, FNUZ, NATIVE)
+    code = _encode(_divide(_widen(x), group_scale, SHORT, RECIPROCAL, BOUNDED), FP8_MAX, FNUZ, NATIVE)
     tl.store(q + row * q_stride_n + col * q_stride_k, code, mask=mask)
     if LOOP:  # a second read of the group, small enough for the L2 cache to serve it
         for piece in range(1, pieces):
             row_i, col_i, mask_i = _elements(group_n, group_k, piece, dims, R, G, C, SHARED)
             x_i = tl.load(w + row_i * w_stride_n + col_i * w_stride_k, mask=mask_i, other=0.0)
-            code_i = _encode(_divide(_widen(x_i), group_scale, RECIPROCAL, BOUNDED), FP8_MAX, FNUZ, NATIVE)
+            code_i = _encode(_divide(_widen(x_i), group_scale, SHORT, RECIPROCAL, BOUNDED), FP8_MAX, FNUZ, NATIVE)
             tl.store(q + row_i * q_stride_n + col_i * q_stride_k, code_i, mask=mask_i)
 
 
-@triton.jit(do_not_specialize=_PLAIN + _SCALE_STRIDES)
+@triton.jit(do_not_specialize=_PLAIN + _SCALE_STRIDES, do_not_specialize_on_alignment=_DIVISORS)
 def _dequantize_kernel(
     q, scale, w,
     num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k, split,
@@ -378,7 +399,9 @@ def _dequantize_kernel(
 
 # Launchers.
 
-_TILE = 8192  # elements: 32 for each thread of 8 warps, four 16-byte loads of bf16; with more, registers run out
+_TILE = 4096  # elements: 32 for each thread of 4 warps, four 16-byte loads of bf16
+_LARGEST_ROW = 8192  # elements of a group of one row that one program holds, in as many registers a thread
+_LARGEST_BLOCK = 16384  # of another: twice as many, so as not to read 128 x 128 again
 _LARGE_GROUP = 1 << 16  # elements; from here on a second launch costs less than one program working alone
 _FULL_GPU = 2048  # programs that keep the largest GPU busy to the end
 _MAX_PARTIALS = 512  # 2 KB that each program of the cast reads beside its tile
@@ -406,7 +429,7 @@ def _tiling(num_rows, num_cols, block_n, block_k, in_one, k_contiguous):
     block_k = max(num_cols if block_k == WHOLE else min(block_k, num_cols), 1)
     shared = block_n > 1
     rows, cols = triton.next_power_of_2(block_n), triton.next_power_of_2(block_k)
-    held = in_one and rows * cols <= _TILE
+    held = in_one and rows * cols <= (_LARGEST_BLOCK if shared else _LARGEST_ROW)
     # Groups of one row that are found in pieces take one row a program: as many programs as there are rows.
     height = block_n if shared else num_rows if held or not in_one else 1
     if not held:  # long runs along K, or square tiles where memory runs the other way

@@ -337,9 +337,9 @@ def _encode_kernel(x, code, n: tl.constexpr, FP8_MAX: tl.constexpr, FNUZ: tl.con
 
 
 @triton.jit
-def _divide_kernel(x, scale, out, n: tl.constexpr, BOUNDED: tl.constexpr):
+def _divide_kernel(x, scale, out, n: tl.constexpr, SHORT: tl.constexpr, BOUNDED: tl.constexpr):
     i = tl.arange(0, n)
-    tl.store(out + i, triton_kernels._divide(tl.load(x + i), tl.load(scale + i), False, BOUNDED))
+    tl.store(out + i, triton_kernels._divide(tl.load(x + i), tl.load(scale + i), SHORT, False, BOUNDED))
 
 
 @pytest.mark.parametrize("numerics", [0, 1])
@@ -375,7 +375,34 @@ def test_corrected_quotient_is_ieee_division():
         wanted = x / scale
         for bounded in (False, True):
             out = torch.empty_like(x)
-            _divide_kernel[(1,)](x, scale, out, len(x), bounded)
+            _divide_kernel[(1,)](x, scale, out, len(x), False, bounded)
             tiny = wanted.abs() < 2.0**-40  # zeros of FP8, of which only the sign matters
             assert_same_bits(torch.where(tiny, torch.copysign(out, wanted), out)[~tiny], wanted[~tiny], "quotient")
             assert torch.equal(out[tiny].signbit(), wanted[tiny].signbit()) and (out[tiny].abs() < 2.0**-39).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_quotients_have_the_codes_of_ieee_division(dtype):
+    """Random pairs, and those next to boundaries between codes, over all scales that there are; Inf, NaN and -0 too."""
+    n = 1 << 14
+    rule = reference.rule(torch.float8_e4m3fn)
+    for scale_exponent in (0, -126, -100, -30, 30, 59, 60, 61, 100, 112, 119, None):
+        if dtype == torch.float16 and scale_exponent not in (0, None):
+            continue  # scales up to 2**7
+        scale = torch.ldexp(torch.ones(n) + torch.rand(n), torch.tensor(scale_exponent or 0))
+        if scale_exponent is None:
+            scale[::2], scale[1::2] = float("inf"), float("nan")
+        boundaries = (16 + torch.randint(16, (n,))) / 16.0
+        quotient = (
+            torch.where(torch.rand(n) < 0.5, boundaries, torch.randn(n)) * torch.randint(-9, 9, (n,)).float().exp2()
+        )
+        x = (quotient * scale.nan_to_num(1, 1)).to(dtype).float()
+        x[:4] = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0])
+        out = torch.empty_like(x)
+        _divide_kernel[(1,)](x, scale, out, n, True, True)
+        ones = torch.ones(1, n, 1)
+        codes = [
+            reference.cast(t[None, :, None], s[None, :, None], torch.float8_e4m3fn, 1, 1, rule)
+            for t, s in ((out, ones[0, :, 0]), (x, scale))
+        ]
+        assert_same_bits(*codes)
