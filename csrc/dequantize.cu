@@ -5,7 +5,7 @@ namespace fp8_kernels {
 namespace {
 
 constexpr int kNumThreads = 256;
-constexpr int kVecs = 2;  // loads in flight a thread, where they are aligned
+constexpr int kVecs = 4;  // loads in flight a thread, where they are aligned
 constexpr int kVecsPerBlock = kNumThreads * kVecs;
 
 // Vectors of codes, counted over the rows of all units, so that groups matter only for the scale that an element finds.
@@ -14,29 +14,33 @@ struct Lines {
   int64_t num_vecs;
 };
 
+// `Index` is uint32_t where there are fewer than 2^31 elements, which saves instructions.
+template <typename Index>
 struct Place {
-  int64_t unit, row, col;
+  Index unit, row, col;
 };
 
-// `Index` is uint32_t where there are fewer than 2^31 vectors, which saves instructions.
 template <typename Index>
-__device__ Place place_of(const Lines& lines, Index vec) {
-  const auto divide = [](const Divisor& divisor, Index n) -> Index {
-    if constexpr (sizeof(Index) == 4) {
-      return divisor.divide32(n);
-    } else {
-      return divisor.divide(n);
-    }
-  };
-  const Index line = divide(lines.vecs_per_row, vec);
-  const Index unit = divide(lines.num_rows, line);
-  const Index row = line - unit * static_cast<Index>(lines.num_rows.value);
-  return {unit, row, (vec - line * static_cast<Index>(lines.vecs_per_row.value)) * kVecElements};
+__device__ Index quotient(Index n, const Divisor& divisor) {
+  if constexpr (sizeof(Index) == 4) {
+    return divisor.divide32(n);
+  } else {
+    return divisor.divide(n);
+  }
 }
 
-__device__ float scale_at(const DequantizeParams& p, const Place& at, int64_t grid_row) {
-  const int64_t offset = p.scale.offset(at.unit, grid_row, p.grouping.block_k.divide(at.col));
-  return scale_value(load_scale(p.scale.data, offset, p.scale_type), p.scale_type);
+template <typename Index>
+__device__ Place<Index> place_of(const Lines& lines, Index vec) {
+  const Index line = quotient(vec, lines.vecs_per_row), unit = quotient(line, lines.num_rows);
+  return {unit, line - unit * static_cast<Index>(lines.num_rows.value),
+          (vec - line * static_cast<Index>(lines.vecs_per_row.value)) * kVecElements};
+}
+
+template <typename Index>
+__device__ uint32_t stored_scale_at(const DequantizeParams& p, const Place<Index>& at) {
+  const int64_t offset =
+      p.scale.offset(at.unit, quotient(at.row, p.grouping.block_n), quotient(at.col, p.grouping.block_k));
+  return load_scale(p.scale.data, offset, p.scale_type);
 }
 
 template <typename T>
@@ -59,44 +63,33 @@ __global__ void __launch_bounds__(kNumThreads)
   const Index first = static_cast<Index>(blockIdx.x) * kVecsPerBlock + threadIdx.x;
 
   // Load.
-  Place places[kVecs];
+  Place<Index> places[kVecs];
   uint2 codes[kVecs];
-  float scales[kVecs];
+  uint32_t stored[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const Index vec = first + i * kNumThreads;
     if (vec >= lines.num_vecs) continue;
-    places[i] = place_of<Index>(lines, vec);
+    places[i] = place_of(lines, vec);
     codes[i] = *reinterpret_cast<const uint2*>(p.q.at<uint8_t>(places[i].unit, places[i].row, places[i].col));
-    scales[i] = scale_at(p, places[i], p.grouping.block_n.divide(places[i].row));
+    stored[i] = stored_scale_at(p, places[i]);
   }
 
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     if (first + i * kNumThreads >= lines.num_vecs) continue;
-    // Multiply and round. Products of what is finite are no NaNs, whose bits would need care.
+    // Multiply and round.
+    const float scale = scale_value(stored[i], p.scale_type);
     Vec<T> vec;
-    const auto product = [&](int pair) {
+#pragma unroll
+    for (int pair = 0; pair < kVecElements / 2; ++pair) {
       const float2 values = from_fp8x2((pair < 2 ? codes[i].x : codes[i].y) >> (pair % 2 * 16) & 0xffff, kType);
-      return float2{values.x * scales[i], values.y * scales[i]};
-    };
-    const bool is_finite = !(has_special<kType>(codes[i].x) || has_special<kType>(codes[i].y)) &&
-                           fabsf(scales[i]) < float_of(kInfBits);
-    if (is_finite) {
+      vec.set_pair(pair, values.x * scale, values.y * scale);
+    }
+    // Products of what is finite are no NaNs.
+    if (has_special<kType>(codes[i].x) || has_special<kType>(codes[i].y) || !(fabsf(scale) < float_of(kInfBits))) {
 #pragma unroll
-      for (int pair = 0; pair < kVecElements / 2; ++pair) {
-        const float2 values = product(pair);
-        vec.set_pair(pair, values.x, values.y);
-      }
-    } else {
-      typename Elements<T>::Raw raw[kVecElements];
-#pragma unroll
-      for (int pair = 0; pair < kVecElements / 2; ++pair) {
-        const float2 values = product(pair);
-        raw[2 * pair] = rounded<T>(values.x);
-        raw[2 * pair + 1] = rounded<T>(values.y);
-      }
-      memcpy(vec.words, raw, sizeof(raw));
+      for (uint32_t& word : vec.words) word = Elements<T>::canonical(word);
     }
 
     // Store.
@@ -115,8 +108,8 @@ __global__ void __launch_bounds__(kNumThreads)
     dequantize_kernel(const __grid_constant__ DequantizeParams p, const __grid_constant__ Lines lines) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
   if (index >= lines.num_vecs) return;
-  Place at = place_of(lines, index);
-  const int64_t grid_row = p.grouping.block_n.divide(at.row), left = p.grouping.num_cols - at.col;
+  Place<int64_t> at = place_of(lines, index);
+  const int64_t left = p.grouping.num_cols - at.col;
   const uint8_t* source = p.q.at<uint8_t>(at.unit, at.row, at.col);
   auto* target = p.w.at<typename Elements<T>::Raw>(at.unit, at.row, at.col);
   uint32_t codes[kVecElements];
@@ -125,7 +118,8 @@ __global__ void __launch_bounds__(kNumThreads)
 #pragma unroll
   for (int i = 0; i < kVecElements; ++i, ++at.col) {
     if (i >= left) break;
-    target[i * p.w.col_stride] = rounded<T>(from_fp8x2(codes[i], p.fp8_type).x * scale_at(p, at, grid_row));
+    const float scale = scale_value(stored_scale_at(p, at), p.scale_type);
+    target[i * p.w.col_stride] = rounded<T>(from_fp8x2(codes[i], p.fp8_type).x * scale);
   }
 }
 
@@ -145,7 +139,7 @@ void launch_dequantize(const DequantizeParams& params, InputType output_type, bo
       return;
     }
     dispatch_fp8(params.fp8_type, [&](auto fp8) {
-      dispatch_bool(lines.num_vecs < (int64_t{1} << 31) - kVecsPerBlock, [&](auto is_small) {
+      dispatch_bool(lines.num_vecs < (int64_t{1} << 31) / kVecElements - kVecsPerBlock, [&](auto is_small) {
         using Index = std::conditional_t<is_small.value, uint32_t, int64_t>;
         dequantize_vecs_kernel<T, fp8.value, Index>
             <<<num_blocks(kVecsPerBlock), kNumThreads, 0, stream>>>(params, lines);

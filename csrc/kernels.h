@@ -101,13 +101,14 @@ struct Runs {
 
 constexpr int kMaxRunsWeights = 48;  // 4 KB of parameters
 
+// What every launch reads comes first, within few lines of the constant cache.
 struct RunsParams {
-  Runs weights[kMaxRunsWeights];
   int32_t num_weights;
   Fp8Type fp8_type;
   ScaleType scale_type;
   bool pow2;
   Rule rule;
+  Runs weights[kMaxRunsWeights];
 };
 
 // Runs with amaxes, a stride apart.

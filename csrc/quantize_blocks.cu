@@ -11,10 +11,13 @@ constexpr int kNumThreads = 512;
 constexpr int kVecsPerRow = kFastBlock / kVecElements;
 constexpr int kRowsPerStep = kNumThreads / kVecsPerRow;
 constexpr int kSteps = kFastBlock / kRowsPerStep;  // loads in flight a thread
+template <typename T>
+constexpr int kBlocksPerProcessor = sizeof(T) == 2 ? 3 : 2;  // as many as there are registers for
 
 template <typename T, Fp8Type kType>
-__global__ void __launch_bounds__(kNumThreads) quantize_blocks_kernel(const __grid_constant__ QuantizeParams p) {
-  const Group group = p.grouping.group(blockIdx.x);
+__global__ void __launch_bounds__(kNumThreads, kBlocksPerProcessor<T>)
+    quantize_blocks_kernel(const __grid_constant__ QuantizeParams p) {
+  const Group group = p.grouping.group32(blockIdx.x);
   const int first_row = threadIdx.x / kVecsPerRow, col = threadIdx.x % kVecsPerRow * kVecElements;
   const int num_rows = col < group.num_cols ? static_cast<int>(group.num_rows) - first_row : 0;
 

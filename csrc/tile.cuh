@@ -61,11 +61,23 @@ struct Grouping {
   Divisor vecs_per_row;
 
   __device__ Group group(int64_t index) const {
+    const int64_t line = grid_k.divide(index), unit = grid_n.divide(line);
+    return group(unit, line - unit * grid_n.value, index - line * grid_k.value);
+  }
+
+  // The same for an index, and so for extents of the grid, below 2^31: fewer instructions before the first load.
+  __device__ Group group32(uint32_t index) const {
+    const uint32_t line = grid_k.divide32(index), unit = grid_n.divide32(line);
+    return group(unit, line - unit * static_cast<uint32_t>(grid_n.value),
+                 index - line * static_cast<uint32_t>(grid_k.value));
+  }
+
+ private:
+  __device__ Group group(int64_t unit, int64_t grid_row, int64_t grid_col) const {
     Group g;
-    const int64_t line = grid_k.divide(index);
-    g.grid_col = index - line * grid_k.value;
-    g.unit = grid_n.divide(line);
-    g.grid_row = line - g.unit * grid_n.value;
+    g.unit = unit;
+    g.grid_row = grid_row;
+    g.grid_col = grid_col;
     g.row = g.grid_row * block_n.value;
     g.col = g.grid_col * block_k.value;
     g.num_rows = min(static_cast<int64_t>(block_n.value), num_rows - g.row);
@@ -108,6 +120,8 @@ struct Elements<float> {
   __device__ static uint32_t max_abs(uint32_t acc, uint32_t word) { return max(acc, word & 0x7fffffff); }
   __device__ static uint32_t amax_bits(uint32_t acc) { return acc; }
   __device__ static Raw round(float x) { return bits_of(x); }
+  // The word with each NaN made the canonical one.
+  __device__ static uint32_t canonical(uint32_t word) { return is_nan(word) ? kNanBits : word; }
   static constexpr Raw kNan = kNanBits;
 };
 
@@ -123,6 +137,10 @@ struct Elements<__nv_bfloat16> {
     uint32_t word;
     memcpy(&word, &pair, sizeof(word));
     return word;
+  }
+  __device__ static uint32_t canonical(uint32_t word) {
+    const uint32_t nans = __vcmpgtu2(word & 0x7fff7fff, 0x7f807f80);
+    return (word & ~nans) | (nans & 0x7fc07fc0);
   }
   static constexpr Raw kNan = 0x7fc0;
 };
@@ -146,6 +164,10 @@ struct Elements<__half> {
     uint32_t word;
     memcpy(&word, &pair, sizeof(word));
     return word;
+  }
+  __device__ static uint32_t canonical(uint32_t word) {
+    const uint32_t nans = __vcmpgtu2(word & 0x7fff7fff, 0x7c007c00);
+    return (word & ~nans) | (nans & 0x7e007e00);
   }
   static constexpr Raw kNan = 0x7e00;
 };
@@ -177,7 +199,7 @@ struct Vec {
     }
   }
 
-  // The same elements, rounded; neither is a NaN.
+  // The same elements, rounded, a NaN to any.
   __device__ void set_pair(int pair, float low, float high) {
     if constexpr (sizeof(T) == 4) {
       words[2 * pair] = bits_of(low);
