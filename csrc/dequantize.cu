@@ -37,10 +37,10 @@ __device__ Place<Index> place_of(const Lines& lines, Index vec) {
 }
 
 template <typename Index>
-__device__ uint32_t stored_scale_at(const DequantizeParams& p, const Place<Index>& at) {
+__device__ uint32_t stored_scale_at(const DequantizeParams& p, const Place<Index>& at, ScaleType type) {
   const int64_t offset =
       p.scale.offset(at.unit, quotient(at.row, p.grouping.block_n), quotient(at.col, p.grouping.block_k));
-  return load_scale(p.scale.data, offset, p.scale_type);
+  return load_scale(p.scale.data, offset, type);
 }
 
 template <typename T>
@@ -56,30 +56,35 @@ __device__ bool has_special(uint32_t codes) {
   return ((codes & 0x7f7f7f7f) + kAdd) & 0x80808080;
 }
 
-// Vectors that are whole and aligned, and so each within one group.
-template <typename T, Fp8Type kType, typename Index>
+// Vectors that are whole and aligned, and so each within one group. `kPlain`: scales are fp32, and rows and units
+// adjoin in q and w, so that vectors are found by their number.
+template <typename T, Fp8Type kType, bool kPlain, typename Index>
 __global__ void __launch_bounds__(kNumThreads)
     dequantize_vecs_kernel(const __grid_constant__ DequantizeParams p, const __grid_constant__ Lines lines) {
   const Index first = static_cast<Index>(blockIdx.x) * kVecsPerBlock + threadIdx.x;
+  const auto num_vecs = static_cast<Index>(lines.num_vecs);
+  const ScaleType scale_type = kPlain ? ScaleType::kFloat32 : p.scale_type;
 
-  // Load.
+  // Load; past the end the last vector, so that no branch keeps loads from being in flight together.
   Place<Index> places[kVecs];
   uint2 codes[kVecs];
   uint32_t stored[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const Index vec = first + i * kNumThreads;
-    if (vec >= lines.num_vecs) continue;
+    const Index vec = min(first + i * kNumThreads, num_vecs - 1);
     places[i] = place_of(lines, vec);
-    codes[i] = *reinterpret_cast<const uint2*>(p.q.at<uint8_t>(places[i].unit, places[i].row, places[i].col));
-    stored[i] = stored_scale_at(p, places[i]);
+    const int64_t offset = kPlain ? static_cast<int64_t>(vec) * kVecElements
+                                  : p.q.offset(places[i].unit, places[i].row, places[i].col);
+    codes[i] = *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.q.data) + offset);
   }
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) stored[i] = stored_scale_at(p, places[i], scale_type);
 
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    if (first + i * kNumThreads >= lines.num_vecs) continue;
+    if (first + i * kNumThreads >= num_vecs) break;
     // Multiply and round.
-    const float scale = scale_value(stored[i], p.scale_type);
+    const float scale = scale_value(stored[i], scale_type);
     Vec<T> vec;
 #pragma unroll
     for (int pair = 0; pair < kVecElements / 2; ++pair) {
@@ -93,7 +98,9 @@ __global__ void __launch_bounds__(kNumThreads)
     }
 
     // Store.
-    auto* target = reinterpret_cast<uint4*>(p.w.at<T>(places[i].unit, places[i].row, places[i].col));
+    const int64_t offset = kPlain ? static_cast<int64_t>(first + i * kNumThreads) * kVecElements
+                                  : p.w.offset(places[i].unit, places[i].row, places[i].col);
+    auto* target = reinterpret_cast<uint4*>(static_cast<T*>(p.w.data) + offset);
 #pragma unroll
     for (int j = 0; j < Vec<T>::kWords / 4; ++j) {
       const uint32_t* words = vec.words + 4 * j;
@@ -118,9 +125,14 @@ __global__ void __launch_bounds__(kNumThreads)
 #pragma unroll
   for (int i = 0; i < kVecElements; ++i, ++at.col) {
     if (i >= left) break;
-    const float scale = scale_value(stored_scale_at(p, at), p.scale_type);
+    const float scale = scale_value(stored_scale_at(p, at, p.scale_type), p.scale_type);
     target[i * p.w.col_stride] = rounded<T>(from_fp8x2(codes[i], p.fp8_type).x * scale);
   }
+}
+
+bool adjoins(const View& v, const Grouping& g) {
+  const bool rows_adjoin = g.num_rows <= 1 || v.row_stride == g.num_cols;
+  return rows_adjoin && (g.num_units <= 1 || v.unit_stride == g.num_rows * g.num_cols);
 }
 
 }  // namespace
@@ -139,10 +151,14 @@ void launch_dequantize(const DequantizeParams& params, InputType output_type, bo
       return;
     }
     dispatch_fp8(params.fp8_type, [&](auto fp8) {
-      dispatch_bool(lines.num_vecs < (int64_t{1} << 31) / kVecElements - kVecsPerBlock, [&](auto is_small) {
-        using Index = std::conditional_t<is_small.value, uint32_t, int64_t>;
-        dequantize_vecs_kernel<T, fp8.value, Index>
-            <<<num_blocks(kVecsPerBlock), kNumThreads, 0, stream>>>(params, lines);
+      const bool plain = params.scale_type == ScaleType::kFloat32 && adjoins(params.q, grouping) &&
+                         adjoins(params.w, grouping);
+      dispatch_bool(plain, [&](auto is_plain) {
+        dispatch_bool(lines.num_vecs < (int64_t{1} << 31) / kVecElements - kVecsPerBlock, [&](auto is_small) {
+          using Index = std::conditional_t<is_small.value, uint32_t, int64_t>;
+          dequantize_vecs_kernel<T, fp8.value, is_plain.value, Index>
+              <<<num_blocks(kVecsPerBlock), kNumThreads, 0, stream>>>(params, lines);
+        });
       });
     });
   });

@@ -57,10 +57,10 @@ struct ScaleDivider {
 
 // x / scale to the same FP8 code in two operations, for bf16 and fp16: x of at most 11 significant bits.
 //
-// 1 / scale = high + low, where `high` has 13 bits, so that its product with x is exact, and `low` brings the sum to 37;
-// the fused step then rounds once. (tests/test_cuda_build.py checks every significand of a scale against every x next to
-// an FP8 rounding boundary.) `low` is above zero for powers of two as well, so that an infinite x stays one and a zero
-// keeps its sign. Scales are those of ScaleDivider::is_plain, of which neither part underflows.
+// 1 / scale = high + low, where `high` has 13 bits, so that its product with x is exact, and `low` brings the sum to
+// 37; the fused step then rounds once. (tests/test_cuda_build.py checks every significand of a scale against every x
+// next to an FP8 rounding boundary.) `low` is above zero for powers of two as well, so that an infinite x stays one and
+// a zero keeps its sign. Scales are those of ScaleDivider::is_plain, of which neither part underflows.
 struct ShortDivider {
   float high, low;
 

@@ -399,12 +399,23 @@ def _dequantize_kernel(
 
 # Launchers.
 
-_TILE = 4096  # elements: 32 for each thread of 4 warps, four 16-byte loads of bf16
-_LARGEST_ROW = 8192  # elements of a group of one row that one program holds, in as many registers a thread
-_LARGEST_BLOCK = 16384  # of another: twice as many, so as not to read 128 x 128 again
+_LARGEST_ROW = 8192  # elements of a group of one row that one program holds, and so reads once
+_LARGEST_BLOCK = 16384  # of another: 128 x 128
 _LARGE_GROUP = 1 << 16  # elements; from here on a second launch costs less than one program working alone
 _FULL_GPU = 2048  # programs that keep the largest GPU busy to the end
 _MAX_PARTIALS = 512  # 2 KB that each program of the cast reads beside its tile
+
+
+class _Work(NamedTuple):
+    """What a program should have to do, in elements; a thread takes at most 128 of them."""
+
+    tile: int
+    per_warp: int
+
+
+_QUANTIZE = _Work(4096, 1024)
+_AMAX = _Work(8192, 1024)
+_DEQUANTIZE = _Work(4096, 2048)
 
 
 class _Tiling(NamedTuple):
@@ -417,12 +428,13 @@ class _Tiling(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _tiling(num_rows, num_cols, block_n, block_k, in_one, k_contiguous):
+def _tiling(num_rows, num_cols, block_n, block_k, in_one, k_contiguous, work):
     """Tiles for a weight whose groups have that extent.
 
     Args:
         in_one: the programs find the amax, so that one of them should hold the whole of a group.
         k_contiguous: neighbours along K are neighbours in memory.
+        work: what a program has to do; more where it holds a large group.
     """
     grid_n, grid_k = grid(num_rows, num_cols, block_n, block_k)
     block_n = max(num_rows if block_n == WHOLE else min(block_n, num_rows), 1)
@@ -433,16 +445,18 @@ def _tiling(num_rows, num_cols, block_n, block_k, in_one, k_contiguous):
     # Groups of one row that are found in pieces take one row a program: as many programs as there are rows.
     height = block_n if shared else num_rows if held or not in_one else 1
     if not held:  # long runs along K, or square tiles where memory runs the other way
-        cols = _extent(block_k, max(_TILE // triton.next_power_of_2(height), 1024 if k_contiguous else 64), 64)
-        rows = _extent(block_n, max(_TILE // cols, 1), 64)
+        cols = _extent(block_k, max(work.tile // triton.next_power_of_2(height), 1024 if k_contiguous else 64), 64)
+        rows = _extent(block_n, max(work.tile // cols, 1), 64)
     pieces_k = -(-block_k // cols)
     pieces = -(-block_n // rows) * pieces_k
-    groups = _extent(grid_k, max(_TILE // (rows * cols), 1)) if pieces == 1 else 1
+    groups = _extent(grid_k, max(work.tile // (rows * cols), 1)) if pieces == 1 else 1
     if not shared:
-        rows = _extent(height, max(_TILE // (groups * cols), 1))
+        rows = _extent(height, max(work.tile // (groups * cols), 1))
     rows = max(rows, 4 // (groups * cols))  # `_encode` converts four codes at a time
     tiles_n, tiles_k = grid_n if shared else -(-grid_n // rows), -(-grid_k // groups)
-    num_warps = min(max(rows * groups * cols // 1024, 1), 8)
+    elements = rows * groups * cols
+    # Few warps for a large block: with more, too few blocks fit on a processor.
+    num_warps = 4 if elements > _LARGEST_ROW else max(elements // work.per_warp, 1)
     return _Tiling(
         (num_rows, num_cols, grid_n, grid_k, block_n, block_k, tiles_n, tiles_k, pieces, pieces_k),
         {"R": rows, "G": groups, "C": cols, "SHARED": shared, "num_warps": num_warps},
@@ -499,15 +513,16 @@ def quantize_out(w, amax, q, scale, block_n, block_k, pow2, numerics):
     if scale.numel() == 0:
         return
     extents = *_extents(w, block_n, block_k, q), block_n, block_k
-    tiling = _tiling(*extents, amax is None, w.stride(2) == 1)
     bounded = amax is None
     num_partials = 1
-    if amax is None and (programs := _programs_a_group(tiling, scale.numel())) > 1:
-        num_partials = programs
-        grid_n, grid_k = scale.shape[1:]
-        amax = torch.empty((len(w), grid_n, grid_k * num_partials), dtype=torch.float32, device=w.device)
-        _launch_amax(w, amax, tiling, num_partials, accumulate=False)
-        tiling = _tiling(*extents, False, w.stride(2) == 1)
+    if amax is None:
+        tiling = _tiling(*extents, True, w.stride(2) == 1, _AMAX)
+        num_partials = _programs_a_group(tiling, scale.numel())
+        if num_partials > 1:
+            _, grid_n, grid_k = scale.shape
+            amax = torch.empty((len(w), grid_n, grid_k * num_partials), dtype=torch.float32, device=w.device)
+            _launch_amax(w, amax, tiling, num_partials, accumulate=False)
+    tiling = _tiling(*extents, amax is None, w.stride(2) == 1, _QUANTIZE)
     split = 1 if amax is None else tiling.pieces
     codes = q.view(torch.uint8)
     stored = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
@@ -532,7 +547,7 @@ def amax_out(w, amax, block_n, block_k, accumulate):
     """
     if amax.numel() == 0:
         return
-    tiling = _tiling(*_extents(w, block_n, block_k), block_n, block_k, True, w.stride(2) == 1)
+    tiling = _tiling(*_extents(w, block_n, block_k), block_n, block_k, True, w.stride(2) == 1, _AMAX)
     num_partials = _programs_a_group(tiling, amax.numel())
     if num_partials > 1:
         _, grid_n, grid_k = amax.shape
@@ -553,7 +568,7 @@ def copy_amax_out(w, out, amax, block_n, block_k):
     """Copy `w` and raise the amax of each group to its maximum, in one launch; see `ops.copy_amax`."""
     if w.numel() == 0:
         return
-    tiling = _tiling(*_extents(w, block_n, block_k, out), block_n, block_k, False, w.stride(2) == 1)
+    tiling = _tiling(*_extents(w, block_n, block_k, out), block_n, block_k, False, w.stride(2) == 1, _AMAX)
     _launch(
         _copy_amax_kernel, len(w) * tiling.num_tiles * tiling.pieces, w,
         w, out, amax.view(torch.int32), *tiling.sizes, tiling.pieces,
@@ -573,7 +588,7 @@ def dequantize_out(q, scale, w, block_n, block_k):
     """Write `q * scale`; see `ops.dequantize`."""
     if q.numel() == 0:
         return
-    tiling = _tiling(*_extents(q, block_n, block_k, w), block_n, block_k, False, q.stride(2) == 1)
+    tiling = _tiling(*_extents(q, block_n, block_k, w), block_n, block_k, False, q.stride(2) == 1, _DEQUANTIZE)
     codes = q.view(torch.uint8)
     stored = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
     _launch(
