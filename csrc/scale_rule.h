@@ -35,7 +35,7 @@ inline Rule make_rule(int64_t numerics, int64_t block_n, int64_t block_k, float 
   rule.min_scale = block_n == 1 && whole_rows ? 1.0f / (fp8_max * 512) : 0.0f;
   rule.min_amax = whole || (block_n == 1 && whole_rows) ? 0.0f : block_n == 1 ? 1e-10f : 1e-4f;
   rule.reciprocal_max = block_n != 1 && !whole;
-  rule.reciprocal = block_n != 1;
+  rule.reciprocal = !(block_n == 1 && whole_rows);
   return rule;
 }
 

@@ -52,7 +52,7 @@ def rule(fp8_dtype, numerics: int = 0, block_n: int = 1, block_k: int = WHOLE) -
     if (block_n, block_k) == (1, WHOLE):
         return Rule(fp8_max, min_scale=1 / (fp8_max * 512))
     if block_n == 1:
-        return Rule(fp8_max, min_amax=1e-10, min_scale=0.0)
+        return Rule(fp8_max, min_amax=1e-10, min_scale=0.0, reciprocal=True)
     return Rule(fp8_max, min_amax=1e-4, min_scale=0.0, reciprocal_max=True, reciprocal=True)
 
 

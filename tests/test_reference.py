@@ -184,7 +184,7 @@ def test_vllms_scale_is_the_amax_over_448_with_a_floor(scheme):
 
 @pytest.mark.parametrize("scheme", VLLM_BLOCKS)
 def test_vllm_divides_or_multiplies(scheme):
-    """per_channel and per_group have the codes of the division, the other two of the reciprocal, which are others."""
+    """per_channel has the codes of the division, the other three of the reciprocal, which are others."""
     w = torch.randn(4096, 8, 8).bfloat16()
     q, scale = vllm(w, scheme)
     spread = reference._per_element(scale, w.shape, *VLLM_BLOCKS[scheme])
@@ -192,7 +192,7 @@ def test_vllm_divides_or_multiplies(scheme):
     product = (w.float() * (1 / spread)).clamp(-448, 448).to(torch.float8_e4m3fn)
     # The scale of a block is rounded twice, so that its elements hardly ever meet a tie, where alone the two differ.
     assert scheme == "per_block" or not torch.equal(bits(quotient), bits(product))
-    assert torch.equal(bits(q), bits(quotient if scheme in ("per_channel", "per_group") else product))
+    assert torch.equal(bits(q), bits(quotient if scheme == "per_channel" else product))
 
 
 def test_groups_whose_reciprocal_overflows_are_zeros():
