@@ -49,6 +49,11 @@ def bars(results: dict, backend: str = "cuda") -> list[tuple[str, float, float, 
             [_times(results, shape, "per_tensor", backend)],
             limit,
         )
+        bar(
+            f"per_tensor {_size(shape)}: the same by calls between events",
+            [_times(results, shape, "per_tensor", backend, part="event_us")],
+            limit,
+        )
     for shape in [(28672, 8192), (57344, 8192), (64, 4096, 7168)]:
         bar(
             f"per_tensor {_size(shape)}: of its 5-byte floor",
@@ -64,6 +69,8 @@ def bars(results: dict, backend: str = "cuda") -> list[tuple[str, float, float, 
     for shape, limit in [((60, 2816, 2048), 5.5), ((64, 2048, 2048), 5.5), ((128, 1536, 2048), 9.0)]:
         loop = _times(results, shape, "per_tensor", backend, "vLLM online")
         bar(f"per_tensor {_size(shape)}: times vLLM's loop", [loop], limit)
+        loop = _times(results, shape, "per_tensor", backend, "vLLM online", "event_us")
+        bar(f"per_tensor {_size(shape)}: the same by calls between events", [loop], limit)
     bar("sweep above 16 MB: largest step of time per element", [_steps(results, backend)], 1.15, more=False)
     for name, limit in [("out=", 15), ("allocating", 30)]:
         calls = [
@@ -106,9 +113,9 @@ def _row(results, shape, case, name):
     return next((r for r in case_rows(results, shape, case) if r["name"] == name and is_right(r)), None)
 
 
-def _us(results, shape, case, name):
+def _us(results, shape, case, name, part="graph_us"):
     row = _row(results, shape, case, name)
-    return None if row is None else median(row, "graph_us")
+    return None if row is None else median(row, part)
 
 
 def _of_floor(results, shape, case, name, reads=1):
@@ -116,15 +123,17 @@ def _of_floor(results, shape, case, name, reads=1):
     return None if us is None else floor_us(case, shape, results["copy_tb_per_s"], reads) / us
 
 
-def _times(results, shape, case, name, rival=None):
+def _times(results, shape, case, name, rival=None, part="graph_us"):
     """How many of ours fit into the rival's time, the fastest's where none is named."""
-    us = _us(results, shape, case, name)
+    us = _us(results, shape, case, name, part)
     rivals = [
-        r for r in case_rows(results, shape, case) if not r["ours"] and is_right(r) and rival in (None, r["name"])
+        r
+        for r in case_rows(results, shape, case)
+        if not r["ours"] and is_right(r) and part in r and rival in (None, r["name"])
     ]
     if us is None or not rivals:
         return None
-    return min(median(r, "graph_us") for r in rivals) / us
+    return min(median(r, part) for r in rivals) / us
 
 
 def _steps(results, name):

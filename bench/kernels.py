@@ -9,6 +9,7 @@ Per weight, kind of call and implementation, each with the L2 cache flushed:
     graph   GPU time of one replay of the call captured in a CUDA graph: no host in it
     call    from an idle GPU: host time from before the call until its result is there
     host    the part of `call` after which the host is free again
+    event   per_tensor: one plain call between two events, the host's gaps included
 
 First what calls cost the host (`bench.host`); after the weights that have bars a sweep over sizes, then the other
 weights and slow peers: with --budget the run stops cleanly and says what it left out. With --warm, processes side by
@@ -140,6 +141,8 @@ def measure(row: dict, clock: Clock, w: torch.Tensor, bind):
             run()
         row["call_us"], row["host_us"] = clock.call(run)
         row["graph_us"] = clock.graph(run)
+        if row["case"] == "per_tensor":
+            row["event_us"] = clock.event(run)
         if row["ours"]:
             row["launches"] = count_launches(run)
     except Exception as error:

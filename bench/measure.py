@@ -65,6 +65,23 @@ class Clock:
         del result
         return summary(times)
 
+    def event(self, run) -> dict:
+        """Microseconds of one plain call between two events, the host's gaps included, after *writing* 256 MiB.
+
+        How the figures that the bars for one scale name were taken. The host queues the call while the L2 cache is
+        being filled, and what was written there goes to memory during the call.
+        """
+        start, end = self._events
+        times = []
+        for _ in self._rounds():
+            self._cache.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        return summary(times)
+
     def call(self, run) -> tuple[dict, dict]:
         """Microseconds of a plain call until its result is there, and until the host is free."""
         whole, host = [], []

@@ -77,6 +77,25 @@ def table(results: dict) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def event_table(results: dict) -> str:
+    """Markdown: per_tensor by plain calls between two events, ours beside the fastest of the others; may be empty."""
+    lines = [
+        ["weight", "cuda", "triton", "fastest other", "its time", "times"],
+        ["---", "---:", "---:", "---", "---:", "---:"],
+    ]
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in results["rows"] if "event_us" in row):
+        here = [row for row in case_rows(results, shape, "per_tensor") if is_right(row) and "event_us" in row]
+        own = {row["name"]: median(row, "event_us") for row in here if row["ours"]}
+        rival = min((r for r in here if not r["ours"]), key=lambda r: median(r, "event_us"), default=None)
+        line = [_size(shape), _number(own.get("cuda")), _number(own.get("triton"))]
+        if rival is None or not own:
+            lines.append([*line, "", "", ""])
+        else:
+            us = median(rival, "event_us")
+            lines.append([*line, rival["name"], _number(us), f"{us / min(own.values()):.2f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 2 else ""
+
+
 def sweep_table(results: dict) -> str:
     """Markdown: microseconds and TB/s of our first backend, by size of the weight."""
     rows = results["sweep"]
@@ -121,6 +140,8 @@ def report(results: dict) -> str:
         f"Microseconds, medians of {results['repeats']}.",
         table(results),
     ]
+    if events := event_table(results):
+        parts += ["per_tensor, one plain call between two events:", events]
     if "sweep" in results:
         parts.append(sweep_table(results))
     failed = [line_of(row) for row in results["rows"] if "error" in row]

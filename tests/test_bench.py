@@ -189,6 +189,20 @@ def test_bars_count_launches_and_compare_with_vllms_loop():
     assert found["launches an op"] == 2 and found["per_tensor 128x1536x2048: times vLLM's loop"] == 10
 
 
+def test_bars_and_tables_show_calls_between_events_beside_graphs():
+    """Both measures of one scale: here a peer leads by graph and ours by a plain call; wrong peers count in neither."""
+    shape = (4096, 4096)
+    rows = [measured("cuda", shape, "per_tensor", 20) | {"event_us": {"median": 25}}]
+    rows += [measured("rival", shape, "per_tensor", 10) | {"event_us": {"median": 50}}]
+    rows += [measured("wrong", shape, "per_tensor", 1) | {"event_us": {"median": 1}, "relative_error": 0.5}]
+    found = {what: figure for what, figure, *_ in bars.bars(results(*rows))}
+    assert found["per_tensor 4096x4096: of the best peer's speed"] == 0.5
+    assert found["per_tensor 4096x4096: the same by calls between events"] == 2
+    assert tables.event_table(results(*rows)).splitlines()[-1] == "| 4096x4096 | 25.0 | - | rival | 50.0 | 2.00 |"
+    assert tables.event_table(results(*rows[2:], row("cuda", 3.0))).count("rival") == 0
+    assert tables.event_table(results(row("cuda", 3.0, "per_tensor"))) == ""
+
+
 def test_bars_find_a_cliff_above_16_mb_only():
     """Steps of time per element between neighbours, up and down."""
     times = {1 << 20: 100.0, 2 << 20: 100.0, 16 << 20: 10.0, 32 << 20: 20.0, 64 << 20: 60.0, 128 << 20: 120.0}
