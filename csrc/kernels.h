@@ -88,6 +88,20 @@ struct RingParams {
   int32_t kept_slots, max_in_flight;
 };
 
+// A weight for quantize_whole: `bytes` of w in a row, one scale.
+struct WholeParams {
+  const uint8_t* w;
+  uint8_t* q;
+  void* scale;
+  uint32_t* block_amax;  // a word for each processor, of any content, for the launch alone
+  int64_t bytes;
+  Fp8Type fp8_type;
+  ScaleType scale_type;
+  bool pow2;
+  Rule rule;
+  int32_t chunks_per_block, blocks_with_more;  // set at the launch
+};
+
 // A weight for quantize_runs: groups of `vecs` vectors that are runs of memory, each a stride (in elements) after the
 // one before; every run at a multiple of a vector's size in w and of 8 bytes in q.
 struct Runs {
@@ -140,9 +154,8 @@ void launch_quantize_blocks(const QuantizeParams& params, InputType type, cudaSt
 // The most vectors of a group that quantize_groups holds in one thread block's registers.
 int64_t max_resident_vecs();
 
-// For launch_quantize_split and launch_amax_split.
+// For launch_quantize_split.
 Split quantize_split(const Grouping& grouping, InputType type, bool aligned);
-Split amax_split(const Grouping& grouping, bool aligned);
 
 // One launch, one read of w; groups of at most max_resident_vecs.
 void launch_quantize_groups(const QuantizeParams& params, InputType type, bool aligned, cudaStream_t stream);
@@ -154,6 +167,9 @@ void plan_ring(RingParams& params);
 
 // One launch, one read of w: each group at a multiple of 16 bytes, its q at one of 8, of a multiple of 16 bytes.
 void launch_quantize_ring(const RingParams& params, InputType type, cudaStream_t stream);
+
+// One launch, for devices that have the ring: w at a multiple of 16 bytes, q at one of 8, a multiple of 8 elements.
+void launch_quantize_whole(WholeParams params, InputType type, cudaStream_t stream);
 
 // One launch; reads w twice. `mailboxes`: split.num_mailboxes words, of any content, for the launch alone.
 void launch_quantize_split(const QuantizeParams& params, const Split& split, uint32_t* mailboxes, InputType type,
@@ -168,9 +184,8 @@ void launch_cast_split(const QuantizeParams& params, InputType type, bool aligne
 // One launch; a thread block or less a group.
 void launch_amax(const AmaxParams& params, InputType type, bool aligned, cudaStream_t stream);
 
-// One launch; groups split over thread blocks, with mailboxes as above.
-void launch_amax_split(const AmaxParams& params, const Split& split, uint32_t* mailboxes, InputType type, bool aligned,
-                       cudaStream_t stream);
+// One launch; groups split over thread blocks.
+void launch_amax_split(const AmaxParams& params, InputType type, bool aligned, cudaStream_t stream);
 
 // One launch; the groups' amaxes are raised, not set.
 void launch_copy_amax(const CopyAmaxParams& params, InputType type, bool aligned, cudaStream_t stream);

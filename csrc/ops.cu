@@ -233,6 +233,20 @@ void quantize_in_ring(const std::vector<Quantize>& calls, const Tensor& like, cu
   launch_quantize_ring(ring, calls[0].type, stream);
 }
 
+// A weight that is one group.
+void quantize_whole(const Quantize& call, const Tensor& like, cudaStream_t stream) {
+  const QuantizeParams& p = call.params;
+  WholeParams whole = {static_cast<const uint8_t*>(p.w.data), static_cast<uint8_t*>(p.q.data), p.scale.data};
+  whole.bytes = p.grouping.num_cols * call.element_size;
+  whole.fp8_type = p.fp8_type;
+  whole.scale_type = p.scale_type;
+  whole.pow2 = p.pow2;
+  whole.rule = p.rule;
+  const Tensor block_amax = scratch(num_processors(), like);
+  whole.block_amax = static_cast<uint32_t*>(block_amax.data_ptr());
+  launch_quantize_whole(whole, call.type, stream);
+}
+
 // The groups as runs of memory a stride apart; without data where they are not.
 CastParams as_runs(const Quantize& call) {
   const QuantizeParams& p = call.params;
@@ -299,10 +313,11 @@ void quantize_one(const Quantize& call, const Tensor& like, cudaStream_t stream)
   if (is_blocks(call)) return launch_quantize_blocks(p, type, stream);
   if (g.vecs_per_group <= max_resident_vecs()) return launch_quantize_groups(p, type, aligned, stream);
   if (p.amax.data != nullptr) return launch_cast_split(p, type, aligned, stream);
-  // A smaller weight is read again from the L2 cache, which costs less than the ring's start.
-  constexpr int64_t kLeastRingBytes = 10 << 20;
-  if (fits_ring(call) && g.num_groups * g.num_cols * element_size >= kLeastRingBytes) {
-    return quantize_in_ring({call}, like, stream);
+  if (fits_ring(call)) {
+    if (g.num_groups == 1) return quantize_whole(call, like, stream);
+    // Smaller ones are read again from the L2 cache, which costs less than the ring's start.
+    constexpr int64_t kLeastRingBytes = 10 << 20;
+    if (g.num_groups * g.num_cols * element_size >= kLeastRingBytes) return quantize_in_ring({call}, like, stream);
   }
   const Split split = quantize_split(g, type, aligned);
   const Tensor mailboxes = scratch(split.num_mailboxes, like);
@@ -348,9 +363,7 @@ void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t bloc
   const DeviceGuard guard(w.get_device_index());
   const cudaStream_t stream = current_stream(w);
   if (g.vecs_per_group <= max_resident_vecs()) return launch_amax(p, type, aligned, stream);
-  const Split split = amax_split(g, aligned);
-  const Tensor mailboxes = scratch(split.num_mailboxes, w);
-  launch_amax_split(p, split, static_cast<uint32_t*>(mailboxes.data_ptr()), type, aligned, stream);
+  launch_amax_split(p, type, aligned, stream);
 }
 
 void quantize_many_out(const std::vector<Tensor>& w, const std::vector<Tensor>& q, const std::vector<Tensor>& scale,

@@ -1,4 +1,5 @@
-// Quantize groups too large for one thread block while reading them once: whole weights and experts.
+// Quantize groups too large for one thread block while reading them once: experts, and lists of weights. A single group
+// is quantize_whole.cu's.
 //
 // A scale needs the amax of its whole group before the first cast, so the chip has to hold the group meanwhile. One
 // persistent thread block per processor keeps a ring of tiles in shared memory that bulk copies fill in order. A
@@ -55,8 +56,8 @@ struct Shape {
 // fewer posts.
 using SmallGroups = Shape<8192, 28, 2>;
 constexpr int kTilesPerPart = 6;
-// For one group, whose cast nothing hides, and for groups that do not fit: large tiles cast faster. kKeptSlots are the
-// most that leave enough to pass the other tiles through.
+// For groups that do not fit: large tiles cast faster. kKeptSlots are the most that leave enough to pass the other
+// tiles through.
 using LargeGroups = Shape<16384, 14, 2>;
 constexpr int kKeptSlots = 10;
 static_assert(kKeptSlots % LargeGroups::kCastTeams == 0 && LargeGroups::kSlots % LargeGroups::kCastTeams == 0 &&
@@ -418,16 +419,15 @@ bool has_ring() {
 
 void plan_ring(RingParams& p) {
   const int64_t processors = num_processors();
-  int64_t all_bytes = 0, largest = 0, num_groups = 0;
+  int64_t all_bytes = 0, largest = 0;
   for (int i = 0; i < p.num_weights; ++i) {
     all_bytes += p.weights[i].num_groups * p.weights[i].group_bytes;
-    num_groups += p.weights[i].num_groups;
     largest = std::max(largest, p.weights[i].group_bytes);
   }
   const int64_t chip_bytes = processors * SmallGroups::kSlots * SmallGroups::kTileBytes;
-  p.is_large = largest > chip_bytes || num_groups == 1;
+  p.is_large = largest > chip_bytes;
   const int64_t tile_bytes = p.is_large ? LargeGroups::kTileBytes : SmallGroups::kTileBytes;
-  p.kept_slots = largest > chip_bytes ? kKeptSlots : p.is_large ? LargeGroups::kSlots : SmallGroups::kSlots;
+  p.kept_slots = p.is_large ? kKeptSlots : SmallGroups::kSlots;
   p.max_in_flight = 0;
   const int64_t least = std::clamp<int64_t>(all_bytes / tile_bytes / (2 * processors), 1, kTilesPerPart);
   p.num_parts = p.num_mailboxes = 0;

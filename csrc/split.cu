@@ -1,6 +1,6 @@
 // Groups too large for one thread block, of any layout: each is split over many blocks, whose amaxes meet in
 // mailboxes. One launch. quantize reads a group twice, the second time from its end, which the L2 cache may still
-// hold; quantize_ring.cu reads once where the layout and the device allow.
+// hold; quantize_whole.cu and quantize_ring.cu read once where the layout and the device allow.
 //
 // Nobody waits for ever: parts of a group are on different blocks, each block takes its parts in the order of the
 // groups, and it posts a part before it waits for the others of that group or of an earlier one. So the earliest
@@ -141,28 +141,28 @@ __global__ void __launch_bounds__(kNumThreads)
   cast_part<T, kAligned>(p, split, part, *p.amax.at<uint32_t>(group.unit, group.grid_row, group.grid_col));
 }
 
+// No mailboxes: the block of a group's first part sets the result, and behind the barrier all parts raise it.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kNumThreads, kAmaxBlocks<kAligned>)
-    amax_split_kernel(const __grid_constant__ AmaxParams p, const __grid_constant__ Split split,
-                      uint32_t* mailboxes) {
-  empty_own_mailboxes(mailboxes, split);
+    amax_split_kernel(const __grid_constant__ AmaxParams p, const __grid_constant__ Split split) {
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x; i < split.num_parts;
+       i += static_cast<int64_t>(kNumThreads) * gridDim.x) {
+    const int64_t group_index = split.parts.divide(i);
+    if (i == group_index * split.parts.value) store_amax(0, p, p.grouping.group(group_index));
+  }
   const auto grid = cooperative_groups::this_grid();
   auto token = grid.barrier_arrive();
-  bool collects = false;
+  bool all_set = false;
   for (int64_t i = blockIdx.x; i < split.num_parts; i += gridDim.x) {
     const Part part(p.grouping, split, i);
     const uint32_t own = amax_of_part<T, kAligned>(p.grouping, p.w, split, part);
-    if (threadIdx.x == 0) post_amax(mailboxes_of(mailboxes, split, part.group_index) + part.index, own);
-    collects |= part.index == 0;
-    __syncthreads();
-  }
-  if (!collects) return;
-  grid.barrier_wait(std::move(token));
-  for (int64_t i = blockIdx.x; i < split.num_parts; i += gridDim.x) {
-    const Part part(p.grouping, split, i);
-    if (part.index != 0) continue;
-    const uint32_t bits = collect_amax(mailboxes_of(mailboxes, split, part.group_index), split);
-    if (threadIdx.x == 0) store_amax(bits, p, part.group);
+    if (!all_set) grid.barrier_wait(std::move(token));
+    all_set = true;
+    const Group& group = part.group;
+    if (threadIdx.x == 0) {
+      atomicMax(p.amax.at<uint32_t>(group.unit, group.grid_row, group.grid_col), is_nan(own) ? kNanBits : own);
+    }
+    __syncthreads();  // team_max's memory is free again
   }
 }
 
@@ -196,10 +196,6 @@ Split quantize_split(const Grouping& grouping, InputType type, bool aligned) {
   return split_groups(grouping, blocks);
 }
 
-Split amax_split(const Grouping& grouping, bool aligned) {
-  return split_groups(grouping, aligned ? kAmaxBlocks<true> : kAmaxBlocks<false>);
-}
-
 void launch_quantize_split(const QuantizeParams& params, const Split& split, uint32_t* mailboxes, InputType type,
                            bool aligned, cudaStream_t stream) {
   dispatch_input(type, [&](auto element) {
@@ -227,12 +223,12 @@ void launch_cast_split(const QuantizeParams& params, InputType type, bool aligne
   check_launch();
 }
 
-void launch_amax_split(const AmaxParams& params, const Split& split, uint32_t* mailboxes, InputType type, bool aligned,
-                       cudaStream_t stream) {
+void launch_amax_split(const AmaxParams& params, InputType type, bool aligned, cudaStream_t stream) {
+  const Split split = split_groups(params.grouping, aligned ? kAmaxBlocks<true> : kAmaxBlocks<false>);
   dispatch_input(type, [&](auto element) {
     dispatch_bool(aligned, [&](auto is_aligned) {
-      launch_cooperative(amax_split_kernel<decltype(element), is_aligned.value>,
-                         split.num_blocks, stream, params, split, mailboxes);
+      launch_cooperative(amax_split_kernel<decltype(element), is_aligned.value>, split.num_blocks, stream, params,
+                         split);
     });
   });
 }

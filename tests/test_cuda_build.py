@@ -68,6 +68,7 @@ def test_every_source_compiles_and_no_kernel_spills(build):
         "quantize_runs",
         "quantize_split",
         "cast_runs",
+        "quantize_whole",
         "cast_split",
         "amax",
         "amax_split",

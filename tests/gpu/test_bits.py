@@ -140,6 +140,31 @@ def test_groups_larger_than_a_thread_block(shape, dtype, backend):
     assert_same_bits(fk.amax(w, "per_tensor", backend=backend), fk.amax(w, "per_tensor", backend="reference"), "amax")
 
 
+# In chunks of 8192 elements for each processor: where csrc/quantize_whole.cu begins to hold, then to stream, for 2-byte
+# elements (14, 20, 24) and fp32 (7, 10, 12); and two steps of streaming.
+HELD = [0, 1, 7, 10, 12, 14, 20, 24, 29]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("held", HELD)
+def test_one_scale_at_the_edges_of_what_the_chip_holds(held, dtype, backend):
+    """Less and more than whole chunks a processor; the largest element at either end and between, Inf, NaN."""
+    all_chunks = 8192 * held * torch.cuda.get_device_properties(0).multi_processor_count
+    generator = torch.Generator("cuda").manual_seed(held)
+    for more in (-8192, -8, 0, 8, 8192 * 5 + 16):
+        if all_chunks + more <= 0:
+            continue
+        w = torch.randn(1, all_chunks + more, device="cuda", generator=generator).to(dtype)
+        for at, value in [(-1, 300.0), (0, 500.0), (0.35, 1000.0), (0.7, float("inf")), (0.9, float("nan"))]:
+            w[0, at if at in (0, -1) else int(w.numel() * at)] = value
+            for numerics in ("exact", "vllm") if math.isfinite(value) else ("exact",):
+                q, scale = fk.quantize(w, "per_tensor", numerics=numerics, backend=backend)
+                want_q, want_scale = fk.quantize(w, "per_tensor", numerics=numerics, backend="reference")
+                assert_same_bits(scale, want_scale, f"scale of {w.numel()}")
+                assert_same_bits(q, want_q, f"q of {w.numel()}")
+            assert_same_bits(fk.amax(w, backend=backend), fk.amax(w, backend="reference"), f"amax of {w.numel()}")
+
+
 # Layouts.
 
 LAYOUTS = {

@@ -127,9 +127,9 @@ def test_a_captured_graph_quantizes_new_data(shape, scheme, backend):
 
 # What a launch shares between its thread blocks is in memory from torch's allocator, of any content.
 POISONS = [0, -1, 0x3C003C00, 0x7FC00000, 0x55555555]
-# One group a thread block's registers cannot hold, several a processor's memory holds, one larger than the chip; and
-# rows apart, which take another path.
-LARGE = [(1, 70000), (40, 300, 1024), (3, 9000, 4104)]
+# One group a thread block's registers cannot hold, several a processor's memory holds, some and one larger than the
+# chip; and rows apart, which take another path.
+LARGE = [(1, 70000), (40, 300, 1024), (3, 9000, 4104), (9000, 8200)]
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["adjoining", "rows apart"])
@@ -163,7 +163,7 @@ def test_replays_over_poisoned_memory(shape, apart, backend):
 @pytest.mark.parametrize("apart", [False, True], ids=["adjoining", "rows apart"])
 def test_streams_at_once(apart, backend):
     """Calls on several streams, whose blocks compete for the processors, end and give the bits of calls one by one."""
-    shapes = [(40, 300, 1024), (4096, 2048), (3, 9000, 1024), (1, 70000)]
+    shapes = [(40, 300, 1024), (4096, 2048), (3, 9000, 1024), (1, 70000), (9000, 4104)]
     weights = [torch.randn(*s[:-1], s[-1] + 8 * apart, device="cuda").bfloat16()[..., : s[-1]] for s in shapes]
     want = [fk.quantize(w, "per_tensor", backend="reference") for w in weights]
     streams = [torch.cuda.Stream() for _ in weights]
