@@ -34,6 +34,8 @@ def run():
         check(w[..., 1:], host[..., 1:], "per_channel")
         check(w.mT, host.mT, "per_tensor")
         check(w.mT, host.mT, "per_block")
+    large = torch.randn(7000, 4000).bfloat16()  # more than a chip's shared memory and registers hold
+    same(fk.quantize(large.cuda(), "per_tensor", backend="cuda"), fk.quantize(large, "per_tensor"))
     many = [torch.randn(shape).bfloat16() for shape in SHAPES]
     for scheme in SCHEMES:
         for pair, host in zip(fk.quantize_many([w.cuda() for w in many], scheme, backend="cuda"), many, strict=True):
