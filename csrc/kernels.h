@@ -184,6 +184,9 @@ void launch_cast_split(const QuantizeParams& params, InputType type, bool aligne
 // One launch; a thread block or less a group.
 void launch_amax(const AmaxParams& params, InputType type, bool aligned, cudaStream_t stream);
 
+// One launch; a weight that is one aligned run of memory.
+void launch_amax_whole(AmaxParams params, InputType type, cudaStream_t stream);
+
 // One launch; groups split over thread blocks.
 void launch_amax_split(const AmaxParams& params, InputType type, bool aligned, cudaStream_t stream);
 

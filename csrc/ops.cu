@@ -363,6 +363,7 @@ void amax_out(const Tensor& w, const Tensor& amax, int64_t block_n, int64_t bloc
   const DeviceGuard guard(w.get_device_index());
   const cudaStream_t stream = current_stream(w);
   if (g.vecs_per_group <= max_resident_vecs()) return launch_amax(p, type, aligned, stream);
+  if (aligned && g.num_groups == 1 && g.num_rows == 1) return launch_amax_whole(p, type, stream);
   launch_amax_split(p, type, aligned, stream);
 }
 

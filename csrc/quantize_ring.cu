@@ -37,43 +37,29 @@ constexpr int kTeamThreads = 128, kTeamWarps = kTeamThreads / 32;
 constexpr int kScales = 64;
 
 // The amax team takes this many tiles before it passes the grid-wide barrier, which is long open by then.
-constexpr int kTilesBeforeBarrier = 4;
+constexpr int kTilesBeforeBarrier = 2;
 
-// How a processor's shared memory is cut into tiles, and how many teams cast.
-template <int kTileBytes_, int kSlots_, int kCastTeams_>
-struct Shape {
-  static constexpr int kTileBytes = kTileBytes_;
-  static constexpr int kSlots = kSlots_;
-  static constexpr int kCastTeams = kCastTeams_;
-  static constexpr int kLoaderThread = kTeamThreads * (1 + kCastTeams);
-  static constexpr int kNumThreads = kLoaderThread + 64;
-  // Every part has a tile, and teams have turns: a team that still needs a part's scale holds back a slot that is at
-  // most kSlots + kCastTeams parts behind.
-  static_assert(kScales > kSlots + kCastTeams, "the scale warp never overwrites a scale in use");
-};
-
-// For many groups that fit the chip: small tiles share them out evenly. Parts have at least kTilesPerPart tiles, for
-// fewer posts.
-using SmallGroups = Shape<8192, 28, 2>;
-constexpr int kTilesPerPart = 6;
-// For groups that do not fit: large tiles cast faster. kKeptSlots are the most that leave enough to pass the other
-// tiles through.
-using LargeGroups = Shape<16384, 14, 2>;
+// How a processor's shared memory is cut into tiles, and how many teams cast. Tiles that are not a multiple of 8 KB, or
+// smaller, come up to a third slower.
+constexpr int kTileBytes = 16384, kSlots = 14, kCastTeams = 2;
+constexpr int kLoaderThread = kTeamThreads * (1 + kCastTeams), kNumThreads = kLoaderThread + 64;
+// Where groups do not fit, the most slots that leave enough to pass the other tiles through.
 constexpr int kKeptSlots = 10;
-static_assert(kKeptSlots % LargeGroups::kCastTeams == 0 && LargeGroups::kSlots % LargeGroups::kCastTeams == 0 &&
-                  SmallGroups::kSlots % SmallGroups::kCastTeams == 0,
-              "uses of a slot are the same cast team's");
+// Several groups at once, for parts of at least this many tiles and so fewer posts.
+constexpr int kTilesPerPart = 3;
+
+// Every part has a tile, and teams have turns: a team that still needs a part's scale holds back a slot that is at most
+// kSlots + kCastTeams parts behind.
+static_assert(kScales > kSlots + kCastTeams, "the scale warp never overwrites a scale in use");
+static_assert(kKeptSlots % kCastTeams == 0 && kSlots % kCastTeams == 0, "uses of a slot are the same cast team's");
 
 // The longer a group takes to load, the more it matters that its tiles arrive in order: later loads of one block must
-// not go before earlier ones of another. 0 is no limit, which is as fast where groups are short.
-int max_in_flight(int64_t tiles_per_part) {
-  return tiles_per_part < 7 ? 0 : tiles_per_part < 10 || tiles_per_part > 14 ? 6 : 4;
-}
+// not go before earlier ones of another.
+int max_in_flight(int64_t tiles_per_part) { return tiles_per_part < 5 || tiles_per_part > 7 ? 3 : 2; }
 
-template <typename S>
 struct alignas(128) Shared {
-  uint8_t tiles[S::kSlots][S::kTileBytes];
-  Barrier full[S::kSlots], empty[S::kSlots];
+  uint8_t tiles[kSlots][kTileBytes];
+  Barrier full[kSlots], empty[kSlots];
   Barrier posted[kScales], scale_known[kScales];
   Barrier loaded_again;
   uint32_t scales[kScales];
@@ -145,11 +131,10 @@ __device__ Part locate(const RingParams& p, int64_t index) {
   return part;
 }
 
-template <typename S>
 class Loader {
  public:
-  __device__ Loader(const RingParams& p, Shared<S>& shared)
-      : p_(p), shared_(shared), places_(p, S::kSlots), arrived_(0, p.kept_slots), next_(blockIdx.x) {
+  __device__ Loader(const RingParams& p, Shared& shared)
+      : p_(p), shared_(shared), places_(p, kSlots), arrived_(0, p.kept_slots), next_(blockIdx.x) {
     // What passes once more stays in the L2 cache until then. Where nothing does, hints cost time.
     const bool hints = p.is_large;
     kept_policy_ = again_policy_ = cache_policy(hints ? Hint::kLeaveFirst : Hint::kNormal);
@@ -183,8 +168,8 @@ class Loader {
  private:
   __device__ void load_tile(int tile, Place& place, uint64_t policy) {
     if (place.round > 0) shared_.empty[place.slot()].wait(place.round - 1);
-    const int64_t begin = part_.tile(tile) * S::kTileBytes;
-    const auto bytes = static_cast<int>(min(static_cast<int64_t>(S::kTileBytes), part_.weight->group_bytes - begin));
+    const int64_t begin = part_.tile(tile) * kTileBytes;
+    const auto bytes = static_cast<int>(min(static_cast<int64_t>(kTileBytes), part_.weight->group_bytes - begin));
     Barrier& full = shared_.full[place.slot()];
     full.expect_bytes(bytes);
     load_bulk(shared_.tiles[place.slot()], part_.source + begin, bytes, full, policy);
@@ -192,7 +177,7 @@ class Loader {
   }
 
   const RingParams& p_;
-  Shared<S>& shared_;
+  Shared& shared_;
   Places places_;
   Place arrived_;
   Part part_;
@@ -203,15 +188,15 @@ class Loader {
 };
 
 // The vectors of a tile: how many, and the calling thread's, kTeamThreads apart.
-template <typename S, typename T>
+template <typename T>
 struct TileVecs {
   static constexpr int kVecBytes = kVecElements * sizeof(T);
-  static constexpr int kPerThread = S::kTileBytes / kVecBytes / kTeamThreads;
+  static constexpr int kPerThread = kTileBytes / kVecBytes / kTeamThreads;
   Vec<T> vecs[kPerThread];
   int num;
 
   __device__ TileVecs(const uint8_t* tile, int64_t bytes_left, int lane) {
-    num = static_cast<int>(min(static_cast<int64_t>(S::kTileBytes), bytes_left)) / kVecBytes;
+    num = static_cast<int>(min(static_cast<int64_t>(kTileBytes), bytes_left)) / kVecBytes;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       vecs[i] = {};
@@ -229,19 +214,19 @@ struct TileVecs {
   }
 };
 
-template <typename S, typename T, typename F>
-__device__ void find_amaxes(const RingParams& p, Shared<S>& shared, int lane, F&& pass_barrier) {
-  Places places(p, S::kSlots);
+template <typename T, typename F>
+__device__ void find_amaxes(const RingParams& p, Shared& shared, int lane, F&& pass_barrier) {
+  Places places(p, kSlots);
   int count = 0, parts_again = 0;
   for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
     const Part part = locate(p, index);
     uint32_t acc = 0;
     const auto take = [&](int i, Place& place) {
       shared.full[place.slot()].wait(place.round);
-      const int64_t bytes_left = part.weight->group_bytes - part.tile(i) * S::kTileBytes;
-      const TileVecs<S, T> tile(shared.tiles[place.slot()], bytes_left, lane);
+      const int64_t bytes_left = part.weight->group_bytes - part.tile(i) * kTileBytes;
+      const TileVecs<T> tile(shared.tiles[place.slot()], bytes_left, lane);
 #pragma unroll
-      for (int j = 0; j < TileVecs<S, T>::kPerThread; ++j) acc = tile.vecs[j].max_abs(acc);
+      for (int j = 0; j < TileVecs<T>::kPerThread; ++j) acc = tile.vecs[j].max_abs(acc);
     };
     for (int i = 0; i < part.tiles; ++i) {
       if (count == 0 && i == min(part.tiles, kTilesBeforeBarrier) - 1) pass_barrier();
@@ -271,8 +256,7 @@ __device__ void find_amaxes(const RingParams& p, Shared<S>& shared, int lane, F&
   }
 }
 
-template <typename S>
-__device__ void make_scales(const RingParams& p, Shared<S>& shared, int lane) {
+__device__ void make_scales(const RingParams& p, Shared& shared, int lane) {
   int count = 0;
   for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
     const Part part = locate(p, index);
@@ -290,17 +274,17 @@ __device__ void make_scales(const RingParams& p, Shared<S>& shared, int lane) {
   }
 }
 
-template <typename S, typename T, Fp8Type kType, bool kPlain>
-__device__ void cast_tile(const Part& part, Shared<S>& shared, const ScaleDivider& divide, const Place& place, int i,
+template <typename T, Fp8Type kType, bool kPlain>
+__device__ void cast_tile(const Part& part, Shared& shared, const ScaleDivider& divide, const Place& place, int i,
                           int lane) {
   shared.full[place.slot()].wait(place.round);
-  const int64_t begin = part.tile(i) * S::kTileBytes;
-  const TileVecs<S, T> tile(shared.tiles[place.slot()], part.weight->group_bytes - begin, lane);
+  const int64_t begin = part.tile(i) * kTileBytes;
+  const TileVecs<T> tile(shared.tiles[place.slot()], part.weight->group_bytes - begin, lane);
   __syncwarp();
   if (lane % 32 == 0) shared.empty[place.slot()].arrive();
   uint2* target = reinterpret_cast<uint2*>(part.target + begin / sizeof(T)) + lane;
 #pragma unroll
-  for (int j = 0; j < TileVecs<S, T>::kPerThread; ++j) {
+  for (int j = 0; j < TileVecs<T>::kPerThread; ++j) {
     if (j * kTeamThreads + lane < tile.num) {
       __stcs(target + j * kTeamThreads, codes_of<kType, kPlain>(tile.vecs[j], divide));
     }
@@ -308,29 +292,29 @@ __device__ void cast_tile(const Part& part, Shared<S>& shared, const ScaleDivide
 }
 
 // Cast the tiles that are the team's: those not kept from the last one, then those kept.
-template <typename S, typename T, Fp8Type kType, bool kPlain>
-__device__ void cast_part(const Part& part, Shared<S>& shared, const ScaleDivider& divide, Places places, int team,
+template <typename T, Fp8Type kType, bool kPlain>
+__device__ void cast_part(const Part& part, Shared& shared, const ScaleDivider& divide, Places places, int team,
                           int lane) {
   const auto skipped = [&](const Place& place) {
-    return (team + S::kCastTeams - place.offset % S::kCastTeams) % S::kCastTeams;
+    return (team + kCastTeams - place.offset % kCastTeams) % kCastTeams;
   };
   int i = skipped(places.passing);
   places.passing.advance(i);
-  for (; i < part.passing(); i += S::kCastTeams) {
-    cast_tile<S, T, kType, kPlain>(part, shared, divide, places.passing, part.tiles - 1 - i, lane);
-    places.passing.advance(S::kCastTeams);
+  for (; i < part.passing(); i += kCastTeams) {
+    cast_tile<T, kType, kPlain>(part, shared, divide, places.passing, part.tiles - 1 - i, lane);
+    places.passing.advance(kCastTeams);
   }
   i = skipped(places.kept);
   places.kept.advance(i);
-  for (; i < part.kept; i += S::kCastTeams) {
-    cast_tile<S, T, kType, kPlain>(part, shared, divide, places.kept, i, lane);
-    places.kept.advance(S::kCastTeams);
+  for (; i < part.kept; i += kCastTeams) {
+    cast_tile<T, kType, kPlain>(part, shared, divide, places.kept, i, lane);
+    places.kept.advance(kCastTeams);
   }
 }
 
-template <typename S, typename T>
-__device__ void cast_tiles(const RingParams& p, Shared<S>& shared, int team, int lane) {
-  Places places(p, S::kSlots);
+template <typename T>
+__device__ void cast_tiles(const RingParams& p, Shared& shared, int team, int lane) {
+  Places places(p, kSlots);
   int count = 0;
   for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
     const Part part = locate(p, index);
@@ -338,7 +322,7 @@ __device__ void cast_tiles(const RingParams& p, Shared<S>& shared, int team, int
     shared.scale_known[count % kScales].wait(count / kScales);
     const ScaleDivider divide(float_of(shared.scales[count % kScales]), p.rule);
     const auto cast = [&](auto type, auto plain) {
-      cast_part<S, T, type.value, plain.value>(part, shared, divide, places, team, lane);
+      cast_part<T, type.value, plain.value>(part, shared, divide, places, team, lane);
     };
     using E4M3 = std::integral_constant<Fp8Type, Fp8Type::kE4M3>;
     using E5M2 = std::integral_constant<Fp8Type, Fp8Type::kE5M2>;
@@ -356,17 +340,17 @@ __device__ void cast_tiles(const RingParams& p, Shared<S>& shared, int team, int
   }
 }
 
-template <typename S, typename T>
-__global__ void __launch_bounds__(S::kNumThreads, 1) quantize_ring_kernel(const __grid_constant__ RingParams p) {
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads, 1) quantize_ring_kernel(const __grid_constant__ RingParams p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
-  Shared<S>& shared = *reinterpret_cast<Shared<S>*>(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int team = threadIdx.x / kTeamThreads, lane = threadIdx.x % kTeamThreads;
 
   // Empty the mailboxes of the block's own parts, and start to load.
-  Loader<S> loader(p, shared);
-  if (threadIdx.x == S::kLoaderThread) {
-    for (int i = 0; i < S::kSlots; ++i) {
+  Loader loader(p, shared);
+  if (threadIdx.x == kLoaderThread) {
+    for (int i = 0; i < kSlots; ++i) {
       shared.full[i].init(1);
       shared.empty[i].init(kTeamWarps);
     }
@@ -374,11 +358,11 @@ __global__ void __launch_bounds__(S::kNumThreads, 1) quantize_ring_kernel(const 
       shared.posted[i].init(1);
       shared.scale_known[i].init(1);
     }
-    shared.loaded_again.init(S::kCastTeams * kTeamWarps);
+    shared.loaded_again.init(kCastTeams * kTeamWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     for (int i = 0; i < kTilesBeforeBarrier; ++i) loader.load();
-  } else if (threadIdx.x < S::kLoaderThread) {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * S::kLoaderThread;
+  } else if (threadIdx.x < kLoaderThread) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kLoaderThread;
     for (int64_t i = static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x; i < p.num_parts; i += step) {
       const Part part = locate(p, i);
       empty_mailbox(part.mailboxes, part.index, part.parts);
@@ -393,17 +377,17 @@ __global__ void __launch_bounds__(S::kNumThreads, 1) quantize_ring_kernel(const 
   };
 
   if (team == 0) {
-    find_amaxes<S, T>(p, shared, lane, pass_barrier);
+    find_amaxes<T>(p, shared, lane, pass_barrier);
     return;
   }
   pass_barrier();
-  if (team <= S::kCastTeams) {
-    cast_tiles<S, T>(p, shared, team - 1, lane);
-  } else if (threadIdx.x == S::kLoaderThread) {
+  if (team <= kCastTeams) {
+    cast_tiles<T>(p, shared, team - 1, lane);
+  } else if (threadIdx.x == kLoaderThread) {
     while (loader.load()) {
     }
   } else if (lane >= 32) {
-    make_scales<S>(p, shared, lane - 32);
+    make_scales(p, shared, lane - 32);
   }
 #endif
 }
@@ -424,16 +408,14 @@ void plan_ring(RingParams& p) {
     all_bytes += p.weights[i].num_groups * p.weights[i].group_bytes;
     largest = std::max(largest, p.weights[i].group_bytes);
   }
-  const int64_t chip_bytes = processors * SmallGroups::kSlots * SmallGroups::kTileBytes;
-  p.is_large = largest > chip_bytes;
-  const int64_t tile_bytes = p.is_large ? LargeGroups::kTileBytes : SmallGroups::kTileBytes;
-  p.kept_slots = p.is_large ? kKeptSlots : SmallGroups::kSlots;
+  p.is_large = largest > processors * kSlots * kTileBytes;
+  p.kept_slots = p.is_large ? kKeptSlots : kSlots;
   p.max_in_flight = 0;
-  const int64_t least = std::clamp<int64_t>(all_bytes / tile_bytes / (2 * processors), 1, kTilesPerPart);
+  const int64_t least = std::clamp<int64_t>(all_bytes / kTileBytes / (2 * processors), 1, kTilesPerPart);
   p.num_parts = p.num_mailboxes = 0;
   for (int i = 0; i < p.num_weights; ++i) {
     RingWeight& weight = p.weights[i];
-    weight.tiles = (weight.group_bytes + tile_bytes - 1) / tile_bytes;
+    weight.tiles = (weight.group_bytes + kTileBytes - 1) / kTileBytes;
     // The blocks take one group at a time, or 2, 3, ... if that leaves parts of `least` tiles.
     const int64_t at_once = std::max<int64_t>(1, processors * least / weight.tiles);
     const int64_t parts = std::min(weight.tiles, std::max<int64_t>(1, processors / at_once));
@@ -448,20 +430,14 @@ void plan_ring(RingParams& p) {
   }
 }
 
-template <typename S, typename T>
-void launch_shape(const RingParams& params, cudaStream_t stream) {
-  const auto* kernel = reinterpret_cast<const void*>(quantize_ring_kernel<S, T>);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<S>));
-  void* arguments[] = {const_cast<RingParams*>(&params)};
-  const dim3 grid(static_cast<unsigned>(params.num_blocks));
-  cudaLaunchCooperativeKernel(kernel, grid, dim3(S::kNumThreads), arguments, sizeof(Shared<S>), stream);
-  check_launch();
-}
-
 void launch_quantize_ring(const RingParams& params, InputType type, cudaStream_t stream) {
   dispatch_input(type, [&](auto element) {
-    using T = decltype(element);
-    params.is_large ? launch_shape<LargeGroups, T>(params, stream) : launch_shape<SmallGroups, T>(params, stream);
+    const auto* kernel = reinterpret_cast<const void*>(quantize_ring_kernel<decltype(element)>);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+    void* arguments[] = {const_cast<RingParams*>(&params)};
+    const dim3 grid(static_cast<unsigned>(params.num_blocks));
+    cudaLaunchCooperativeKernel(kernel, grid, dim3(kNumThreads), arguments, sizeof(Shared), stream);
+    check_launch();
   });
 }
 

@@ -72,6 +72,7 @@ def test_every_source_compiles_and_no_kernel_spills(build):
         "cast_split",
         "amax",
         "amax_split",
+        "amax_whole",
         "copy_amax",
         "dequantize",
         "dequantize_vecs",
