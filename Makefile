@@ -21,7 +21,7 @@ READY := $(VENV)/.ready
 endif
 FP8   := $(PY) -m fp8_kernels
 
-.PHONY: demo test test-gpu sanitize accuracy lint at-hand demo-packages clean
+.PHONY: demo test test-gpu test-sglang sanitize accuracy lint at-hand demo-packages clean
 
 demo: $(READY) demo-packages
 	$(PY) python/make_checkpoint.py $(MODEL)
@@ -35,6 +35,17 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -q -m gpu
+
+# SGLang's real loader, in an environment of its own over the one at hand: its package wants other versions of torch and
+# of much that only a GPU needs, so it comes without its dependencies, and what its loader imports comes by name.
+SGLANG := .venv-sglang
+SGLANG_PACKAGES := sglang==0.5.23 torchvision==0.28.0 compressed-tensors==0.18.0 apache-tvm-ffi==0.1.11
+test-sglang: $(READY)
+	test -x $(SGLANG)/bin/python || $(PY) -m venv $(SGLANG)
+	$(PY) -c "import site; print(site.getsitepackages()[0])" > $$(echo $(SGLANG)/lib/python*/site-packages)/outer.pth
+	$(SGLANG)/bin/python -m pip install -q --ignore-installed --no-deps $(SGLANG_PACKAGES)
+	$(SGLANG)/bin/python -m pip install -q -r tests/integrations/sglang.txt
+	PYTHONPATH=$(CURDIR) $(SGLANG)/bin/python -m pytest -q tests/integrations/test_sglang.py
 
 sanitize: $(READY)
 	$(PY) -m tests.gpu.sanitize

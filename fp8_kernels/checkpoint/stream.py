@@ -30,6 +30,7 @@ def quantize_weights(
     device: torch.device | str | None = None,
     names: Iterable[str] | None = None,
     amax: Mapping[str, torch.Tensor] | None = None,
+    partial: bool = False,
     progress: Callable[[int, str], None] | None = None,
 ) -> QuantizedWeights:
     """Iterate over a checkpoint's tensors as if it had been written in FP8.
@@ -53,6 +54,8 @@ def quantize_weights(
         names: of all tensors of the checkpoint, where they are known: a family then waits only for members that
             exist. Without them a partial family leaves at the end.
         amax: name -> `max |w|` of the weights, from `read_amax`: a family whose members are all in it waits for none.
+        partial: the weights are a part of the checkpoint, as in an update by buckets: patterns may match nothing.
+            Families that per_tensor gives one scale have to be in one part.
         progress: called with (bytes done, name) after every tensor.
 
     Returns:
@@ -63,11 +66,11 @@ def quantize_weights(
         UnsupportedLayoutError, CheckpointError: on the way, for a weight that the format cannot hold, or that is
             not in high precision.
         NonFiniteWeightError: at the end; lists every weight that held NaN or Inf.
-        UnmatchedPatternError: at the end; a pattern matched nothing.
+        UnmatchedPatternError: at the end; a pattern matched nothing, and the weights are not `partial`.
     """
     rules = Rules(scheme, tuple(ignore), tuple(include), dict(schemes or {}))
     known = None if names is None else frozenset(names)
-    return QuantizedWeights(weights, rules, as_format(format), dtype, device, known, amax or {}, progress)
+    return QuantizedWeights(weights, rules, as_format(format), dtype, device, known, amax or {}, partial, progress)
 
 
 def quantization_config(
@@ -106,9 +109,9 @@ class QuantizedWeights:
         report: what was done so far. `peak_staging_bytes` are those of the weights that were held at once.
     """
 
-    def __init__(self, weights, rules, fmt, dtype, device, names, amax, progress):
+    def __init__(self, weights, rules, fmt, dtype, device, names, amax, partial, progress):
         self._weights, self._rules, self._fmt, self._names, self._progress = weights, rules, fmt, names, progress
-        self._amax = amax
+        self._amax, self._partial = amax, partial
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
         self._families: dict[tuple, dict[str, torch.Tensor]] = {}  # members that wait for the others, as copies
         self._finite: dict[str, torch.Tensor] = {}  # looked at once, at the end: a look waits for the device
@@ -143,7 +146,8 @@ class QuantizedWeights:
         for key in list(self._families):
             yield from self._leave(key)
         report.seconds = time.perf_counter() - started
-        self._rules.check_all_used()
+        if not self._partial:
+            self._rules.check_all_used()
         bad = [name for name, finite in self._finite.items() if not finite]
         if bad:
             raise NonFiniteWeightError(f"{len(bad)} weights hold NaN or Inf: {', '.join(bad)}")

@@ -1,0 +1,1 @@
+"""Inside other libraries; each module is for one, and imports it."""
