@@ -222,6 +222,16 @@ def family_of(name: str) -> list[str]:
     return [".".join((*parts[:-2], member, parts[-1])) for member in _FAMILY_OF[parts[-2]]]
 
 
+def check_treated_alike(name: str, scheme: Scheme | None, other: str, other_scheme: Scheme | None) -> None:
+    """Raise UnsupportedLayoutError for two of a fused family that do not become the same."""
+    if scheme != other_scheme:
+        treated = [scheme_name(each) if each else "kept" for each in (scheme, other_scheme)]
+        raise UnsupportedLayoutError(
+            f"`{name}` ({treated[0]}) and `{other}` ({treated[1]}) must be treated alike, "
+            "since engines load them into one weight"
+        )
+
+
 def _check_whole_blocks(format_name, name, shape):
     # transformers takes N / number of scales for the block size when it dequantizes, so 192 rows under two scales
     # would silently be read as blocks of 96; engines' block kernels quantize activations in whole groups of 128.

@@ -19,7 +19,7 @@ from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, as_scheme, dtype_name, scheme_name
 from .amax import read_amax
 from .folder import PartialFolder
-from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, family_of, module_of
+from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, check_treated_alike, family_of, module_of
 from .output import FileOutput, Output
 from .plan import PlannedTensor, plan_tensors
 from .reader import Checkpoint, TensorInfo, open_checkpoint
@@ -349,12 +349,8 @@ def _refuse_what_is_no_source(checkpoint):
 def _check_family(items, item):
     """Shards that engines fuse must be treated alike."""
     for other in family_of(item.name):
-        if other in items and items[other].scheme != item.scheme:
-            treated = [scheme_name(each.scheme) if each.scheme else "kept" for each in (item, items[other])]
-            raise UnsupportedLayoutError(
-                f"`{item.name}` ({treated[0]}) and `{other}` ({treated[1]}) must be treated alike, "
-                "since engines load them into one weight"
-            )
+        if other in items:
+            check_treated_alike(item.name, item.scheme, other, items[other].scheme)
 
 
 def _output_name(checkpoint, file):

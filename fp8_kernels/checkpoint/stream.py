@@ -13,7 +13,7 @@ from ..errors import CheckpointError, NonFiniteWeightError
 from ..loading.report import Report
 from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, dtype_name, scheme_name
-from .formats import as_format, family_of
+from .formats import as_format, check_treated_alike, family_of
 from .quantize import config_of, select, select_tensors
 from .reader import Checkpoint, open_checkpoint
 
@@ -63,8 +63,8 @@ def quantize_weights(
 
     Raises:
         ValueError, TypeError: here, for arguments that name nothing.
-        UnsupportedLayoutError, CheckpointError: on the way, for a weight that the format cannot hold, or that is
-            not in high precision.
+        UnsupportedLayoutError, CheckpointError: on the way, for a weight that the format cannot hold, that is not in
+            high precision, or that becomes something else than those it is fused with.
         NonFiniteWeightError: at the end; lists every weight that held NaN or Inf.
         UnmatchedPatternError: at the end; a pattern matched nothing, and the weights are not `partial`.
     """
@@ -114,6 +114,7 @@ class QuantizedWeights:
         self._amax, self._partial = amax, partial
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
         self._families: dict[tuple, dict[str, torch.Tensor]] = {}  # members that wait for the others, as copies
+        self._treated: dict[tuple, tuple] = {}  # the first of each family, and what becomes of it
         self._finite: dict[str, torch.Tensor] = {}  # looked at once, at the end: a look waits for the device
         self.report = Report(scheme=scheme_name(rules.scheme), device=str(self._device or "each weight's"))
         self._iterator = self._iterate()
@@ -163,6 +164,9 @@ class QuantizedWeights:
                 f"`{name}` must be bfloat16, float16 or float32 to become FP8, got {dtype_name(tensor.dtype)}; "
                 f"ignore=[{name!r}] keeps it as it is"
             )
+        family = tuple(family_of(name))
+        if len(family) > 1:
+            check_treated_alike(name, scheme, *self._treated.setdefault(family, (name, scheme)))
         return scheme, why
 
     def _of_family(self, name, tensor, scheme):

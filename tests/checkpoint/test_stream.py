@@ -40,6 +40,80 @@ def test_stream_equals_the_folder(scheme, format, names_known, tmp_path):
     assert stream.report.passed_through.keys() == state.keys() - set(tiny.weights(state))
 
 
+SELECTIONS = {
+    "ignored": {"ignore": ["model.layers.0.mlp", "re:o_proj"]},
+    "included": {"include": ["lm_head"]},
+    "two schemes": {"scheme": "per_tensor", "schemes": {"*.mlp": "per_channel"}},
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
+def test_selection_equals_that_of_the_folder(selection, tmp_path):
+    """`ignore`, `include` and schemes by pattern choose what they choose for a folder, in the stream and the config."""
+    state = tiny.tensors(dtype=torch.float32)
+    folder = tiny.write_sharded(tmp_path / "in", state)
+    quantize_checkpoint(folder, tmp_path / "out", **selection)
+    stream = fk.quantize_weights(state.items(), **selection)
+    equal_bits(dict(stream), dict(open_checkpoint(tmp_path / "out").tensors()))
+    assert (
+        fk.quantization_config(folder, **selection) == open_checkpoint(tmp_path / "out").config["quantization_config"]
+    )
+    ignored = [name for name, why in stream.report.passed_through.items() if why.startswith("ignore=")]
+    assert bool(ignored) == ("ignore" in selection)
+
+
+def test_families_of_experts_share_a_scale():
+    """w1 and w3, gate and up: one scale for the two of an expert, another for each expert."""
+    state = {
+        f"mlp.experts.{e}.{part}.weight": torch.randn(6, 10) * 2.0 ** (3 * e + i)
+        for e in range(2)
+        for i, part in enumerate(("w1", "w3", "w2"))
+    }
+    found = dict(fk.quantize_weights(state.items(), "per_tensor"))
+    for e in range(2):
+        gate, up = (state[f"mlp.experts.{e}.{part}.weight"] for part in ("w1", "w3"))
+        scale = fk.quantize(torch.cat([gate, up]), "per_tensor")[1].reshape(1)
+        assert all(torch.equal(found[f"mlp.experts.{e}.{part}.weight_scale"], scale) for part in ("w1", "w3"))
+        own = fk.quantize(state[f"mlp.experts.{e}.w2.weight"], "per_tensor")[1].reshape(1)
+        assert torch.equal(found[f"mlp.experts.{e}.w2.weight_scale"], own)
+
+
+def test_fused_weights_are_treated_alike():
+    """A pattern that cuts a family apart is refused when its second member comes, whatever the scheme."""
+    state = [(f"a.{m}_proj.weight", torch.randn(4, 32)) for m in "qkv"]
+    for scheme in ("per_channel", "per_tensor"):
+        with pytest.raises(fk.UnsupportedLayoutError, match=r"a\.k_proj.*kept.*a\.q_proj.*per_.*alike"):
+            list(fk.quantize_weights(state, scheme, ignore=["*.k_proj"]))
+    with pytest.raises(fk.UnsupportedLayoutError, match="alike"):
+        list(fk.quantize_weights(state, schemes={"*.v_proj": "per_tensor"}))
+
+
+def test_progress_and_report():
+    """Progress counts the bytes that have been read, tensor by tensor; the report adds up at any time."""
+    state, said = tiny.tensors(), []
+    stream = fk.quantize_weights(state.items(), progress=lambda done, name: said.append((done, name)))
+    assert next(stream)[0] == "model.embed_tokens.weight" and stream.report.shards == 1
+    rest = dict(stream)
+    assert [name for _, name in said] == list(state)
+    assert [done for done, _ in said] == [
+        sum(t.nbytes for t in list(state.values())[: i + 1]) for i in range(len(state))
+    ]
+    assert len(rest) == 2 * stream.report.quantized_tensors + len(stream.report.passed_through) - 1
+    assert stream.report.passed_through["model.norm.weight"] == "1-D"
+    assert f"{stream.report.quantized_tensors} weights" in str(stream.report) and stream.report.seconds > 0
+
+
+def test_a_part_of_the_weights():
+    """An update by buckets: patterns of other parts are no mistake there, and the bits are those of the whole."""
+    state, options = tiny.tensors(), {"ignore": ["model.layers.1.mlp"]}
+    whole, items, parts = dict(fk.quantize_weights(state.items(), **options)), list(state.items()), {}
+    for start in range(0, len(items), 5):
+        parts |= dict(fk.quantize_weights(items[start : start + 5], **options, partial=True))
+    equal_bits(parts, whole)
+    with pytest.raises(fk.UnmatchedPatternError):
+        list(fk.quantize_weights(items[:5], **options))
+
+
 def test_nothing_is_read_ahead():
     """A weight is asked for only when what came before it has left."""
     asked = []
