@@ -31,8 +31,8 @@ def declare_foreign_kernels():
         module.rotary_embedding = None
 
 
-def start():
-    """One rank, as SGLang's scheduler process starts it; returns a function that ends it."""
+def start(rank=0, world=1, rendezvous=None):
+    """A tensor-parallel rank, as SGLang's scheduler process starts it; returns a function that ends it."""
     declare_foreign_kernels()
     torch.cuda.get_device_capability = lambda *device: (9, 0)
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
@@ -43,14 +43,15 @@ def start():
 
     integration.register()
     HookRegistry.apply_hooks()
-    published = get_context().override_server_args(device=_DEVICE)
+    published = get_context().override_server_args(device=_DEVICE, tp_size=world)
     published.install()
     folder = tempfile.TemporaryDirectory()
+    method = f"file://{rendezvous or folder.name}/rendezvous"
     init_distributed_environment(
-        world_size=1, rank=0, local_rank=0, backend="gloo", distributed_init_method=f"file://{folder.name}/rendezvous"
+        world_size=world, rank=rank, local_rank=rank, backend="gloo", distributed_init_method=method
     )
-    sizes = {"tp_size": 1, "attn_cp_size": 1, "attn_tp_size": 1, "moe_dp_size": 1, "moe_ep_size": 1}
-    get_parallel().override_permanently(**derive_spawn_ranks(world_rank=0, ep_join_rank_offset=0, **sizes))
+    sizes = {"tp_size": world, "attn_cp_size": 1, "attn_tp_size": world, "moe_dp_size": 1, "moe_ep_size": 1}
+    get_parallel().override_permanently(**derive_spawn_ranks(world_rank=rank, ep_join_rank_offset=0, **sizes))
     initialize_model_parallel(backend="gloo")
 
     def end():

@@ -4,7 +4,9 @@ What serves has to equal, to the bit, what SGLang makes of the folder that `quan
 """
 
 import importlib.util
+import os
 import random
+import traceback
 
 import pytest
 import torch
@@ -30,14 +32,14 @@ def started():
     end()
 
 
-def llama(folder, seed=0):
+def llama(folder, seed=0, **sizes):
     torch.manual_seed(seed)
-    return models.save(models.tiny_llama(**SIZES), folder)
+    return models.save(models.tiny_llama(**SIZES | sizes), folder)
 
 
-def qwen3_moe(folder, seed=0):
+def qwen3_moe(folder, seed=0, **sizes):
     torch.manual_seed(seed)
-    return models.save(models.tiny_qwen3_moe(**SIZES, **EXPERTS), folder)
+    return models.save(models.tiny_qwen3_moe(**SIZES | EXPERTS | sizes), folder)
 
 
 def assert_same(found, wanted):
@@ -280,3 +282,39 @@ def test_non_finite_weights_fail_the_load(tmp_path):
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
     with pytest.raises(fk.NonFiniteWeightError, match=r"layers\.1\.mlp\.down_proj"):
         engine.load(models.save(model, tmp_path / "bf16"), "fp8_kernels")
+
+
+def run_rank(rank, folder, cases):
+    """A rank's process: each case both ways; what failed goes to a file."""
+    torch.set_num_threads(1)
+    try:
+        end = engine.start(rank, 2, folder)
+        for name, scheme in cases:
+            model = engine.load(folder / name, "fp8_kernels", scheme=scheme)
+            assert_same(model, engine.load(folder / f"{name}-{scheme}"))
+            assert num_fp8(model) == 8
+        (folder / f"{rank}").write_text("ok")
+        end()
+    except BaseException:
+        (folder / f"{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+def test_tensor_parallel_ranks(tmp_path):
+    """Two processes over gloo: each rank of SGLang's own parallel layers holds what it takes from the folder."""
+    cases = [("llama", "per_channel"), ("llama", "per_block"), ("qwen3_moe", "per_channel"), ("qwen3_moe", "per_block")]
+    llama(tmp_path / "llama", head_dim=128)  # SGLang wants whole blocks on each rank
+    qwen3_moe(tmp_path / "qwen3_moe", head_dim=128, moe_intermediate_size=256)
+    for name, scheme in cases:
+        blocks_of_experts = (name, scheme) == ("qwen3_moe", "per_block")
+        format = "fp8" if blocks_of_experts else "compressed-tensors"
+        fk.quantize_checkpoint(tmp_path / name, tmp_path / f"{name}-{scheme}", scheme, format)
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_rank, args=(rank, tmp_path, cases)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    said = [(tmp_path / f"{rank}").read_text() if (tmp_path / f"{rank}").exists() else "none" for rank in range(2)]
+    assert said == ["ok"] * 2, "\n".join(said)
