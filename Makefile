@@ -39,7 +39,8 @@ test-gpu: $(READY)
 # SGLang's real loader, in an environment of its own over the one at hand: its package wants other versions of torch and
 # of much that only a GPU needs, so it comes without its dependencies, and what its loader imports comes by name.
 SGLANG := .venv-sglang
-SGLANG_PACKAGES := sglang==0.5.23 torchvision==0.28.0 compressed-tensors==0.18.0 apache-tvm-ffi==0.1.11
+SGLANG_PACKAGES := sglang==0.5.23 torchvision==0.28.0 compressed-tensors==0.18.0 apache-tvm-ffi==0.1.11 \
+	checkpoint-engine==0.4.2
 test-sglang: $(READY)
 	test -x $(SGLANG)/bin/python || $(PY) -m venv $(SGLANG)
 	$(PY) -c "import site; print(site.getsitepackages()[0])" > $$(echo $(SGLANG)/lib/python*/site-packages)/outer.pth

@@ -1,5 +1,6 @@
 """README and docs stay true: every command and every Python block in them is run."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 import fp8_kernels
 from fp8_kernels import cli
+from fp8_kernels.integrations import sglang
 from tests.checkpoint import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +41,8 @@ def commands():
 def test_command(words, tmp_path, capsys):
     """Every command of the docs does what it says there.
 
-    `fp8-kernels` runs on a small model. `make` targets are parsed and expanded; the demo itself runs in
+    `fp8-kernels` runs on a small model. Of `sglang` the options are ours to check; tests/integrations runs its loader.
+    `make` targets are parsed and expanded; the demo itself runs in
     test_demo.py and the tests are what runs this. `pip install` builds the wheel (test_package.py).
     """
     if words[0] == "fp8-kernels":
@@ -49,6 +52,11 @@ def test_command(words, tmp_path, capsys):
         paths = {"MODEL_DIR": str(model), "OUT_DIR": str(tmp_path / "out")}
         assert cli.main([paths.get(word, word) for word in words[1:]]) == 0
         assert capsys.readouterr().out.strip()
+    elif words[0] == "sglang":
+        given = dict(zip(words[3::2], words[4::2], strict=True))
+        assert given.pop("--quantization") == sglang.NAME
+        options = json.loads(given.pop("--model-loader-extra-config", "{}"))
+        assert sglang.options_of(options)["scheme"] and not given
     elif words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     elif words[:2] == ["python", "-m"]:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import random
 import traceback
+import types
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_plugin_is_found_by_its_entry_point(tmp_path, monkeypatch):
     assert found["fp8_kernels"][0] is integration.register
     hooked = dict(plugins.HookRegistry._hooks)
     plugins.load_plugins()
-    assert {name: len(hooks) for name, hooks in hooked.items()} == dict.fromkeys(integration._HOOKED, 1)
+    assert {name: len(hooks) for name, hooks in hooked.items()} == dict.fromkeys(integration._hooks(), 1)
 
 
 def test_choice_of_the_command_line():
@@ -170,7 +171,7 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
         engine.load(tmp_path / "fp8", "fp8_kernels")
     monkeypatch.setattr(integration, "_registered", False)
     monkeypatch.setattr(loader.DefaultModelLoader, "_get_all_weights", lambda self, sources: iter(()))
-    with pytest.raises(RuntimeError, match=r"does not fit SGLang.*_get_all_weights.*model_config"):
+    with pytest.raises(RuntimeError, match=r"_get_all_weights` must take \(self model_config model\).*not supported"):
         integration.register()
 
 
@@ -216,12 +217,23 @@ def from_distributed(updater, folder, state):
     updater.end_weight_update(run_post_load=False)
 
 
+def from_checkpoint_engine(updater, folder, state):
+    """What its worker calls: the loader for each bucket, and once its hook."""
+    pytest.importorskip("checkpoint_engine", reason="checkpoint-engine is not installed")
+    from sglang.srt.checkpoint_engine.checkpoint_engine_worker import SGLangCheckpointEngineWorkerExtensionImpl
+
+    worker = SGLangCheckpointEngineWorkerExtensionImpl(types.SimpleNamespace(model=updater.get_model()))
+    for start in range(0, len(state), 4):
+        worker.get_model_loader()(state[start : start + 4])
+    worker.get_post_hook()()
+
+
 def from_disk(updater, folder, state):
     ok, message = updater.update_weights_from_disk(str(folder), "auto")
     assert ok, message
 
 
-@pytest.mark.parametrize("way", [from_tensors, from_buckets, from_distributed, from_disk])
+@pytest.mark.parametrize("way", [from_tensors, from_buckets, from_distributed, from_checkpoint_engine, from_disk])
 @pytest.mark.parametrize("make,scheme", [(llama, "per_channel"), (llama, "per_block"), (qwen3_moe, "per_channel")])
 def test_updates_in_place(make, scheme, way, tmp_path):
     """A serving model takes bf16 weights by each of SGLang's ways, twice: it is then as if loaded with them, and every
