@@ -20,6 +20,7 @@ from ..schemes import PerTensor, Scheme, as_scheme, dtype_name, scheme_name
 from .amax import read_amax
 from .folder import PartialFolder
 from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, check_treated_alike, family_of, module_of
+from .fp8_stream import as_high_precision
 from .output import FileOutput, Output
 from .plan import PlannedTensor, plan_tensors
 from .reader import Checkpoint, TensorInfo, open_checkpoint
@@ -102,17 +103,23 @@ def quantize_checkpoint(
     )
 
 
-def select(checkpoint: Checkpoint, fmt: Format, dtype: torch.dtype, **selection) -> dict[str, PlannedTensor]:
+def select(
+    checkpoint: Checkpoint, fmt: Format, dtype: torch.dtype, may_be_fp8: bool = False, **selection
+) -> dict[str, PlannedTensor]:
     """What becomes of every tensor, by name; whatever the headers can tell is refused here.
 
     Args:
+        may_be_fp8: weights may be FP8 already, with scales.
         selection: scheme, ignore, include, schemes.
 
     Raises:
         CheckpointError, UnsupportedLayoutError, UnmatchedPatternError: as `quantize_checkpoint`.
     """
-    _refuse_what_is_no_source(checkpoint)
-    return select_tensors(checkpoint.metadata(), fmt, dtype, str(checkpoint.folder), **selection)
+    tensors = as_high_precision(checkpoint.metadata()) if may_be_fp8 else checkpoint.metadata()
+    if len(tensors) == len(checkpoint.metadata()):
+        _refuse_quantized(checkpoint)
+    _refuse_transposed(checkpoint)
+    return select_tensors(tensors, fmt, dtype, str(checkpoint.folder), **selection)
 
 
 def select_tensors(
@@ -327,8 +334,7 @@ def _kept_modules(items):
     return sorted(modules)
 
 
-def _refuse_what_is_no_source(checkpoint):
-    """Raise for checkpoints that are quantized already, or whose rows are not output channels."""
+def _refuse_quantized(checkpoint):
     folder, config = checkpoint.folder, checkpoint.config
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
@@ -340,6 +346,11 @@ def _refuse_what_is_no_source(checkpoint):
     for name in checkpoint.metadata():
         if name.endswith((".weight_scale", ".weight_scale_inv")):
             raise CheckpointError(f"{folder} is quantized already (it holds `{name}`)")
+
+
+def _refuse_transposed(checkpoint):
+    """Raise for checkpoints whose rows are not output channels."""
+    folder, config = checkpoint.folder, checkpoint.config
     if config.get("model_type") in TRANSPOSED_MODEL_TYPES:
         raise UnsupportedLayoutError(
             f"{folder}: checkpoints of {config['model_type']} store weights as [K, N], which no FP8 format can say"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,10 +11,12 @@ import torch
 
 from .. import ops
 from ..errors import CheckpointError, NonFiniteWeightError
+from ..loading.fp8_source import holds_nan, stored_scheme
 from ..loading.report import Report
 from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, dtype_name, scheme_name
 from .formats import as_format, check_treated_alike, family_of
+from .fp8_stream import as_high_precision, paired
 from .quantize import config_of, select, select_tensors
 from .reader import Checkpoint, open_checkpoint
 
@@ -41,6 +44,10 @@ def quantize_weights(
 
         engine.load_weights(fk.quantize_weights(weights, "per_channel"))
 
+    Weights that are FP8 already, with their scales before or after them, are taken as they are where those cover what
+    the scheme says, or are a single one; elsewhere they are dequantized and quantized again, and what stays in high
+    precision is dequantized to bfloat16.
+
     It is lazy: nothing is read before it is asked for, and of the weights only the current one is held. Under
     per_tensor, weights that engines fuse (`formats.FUSED_FAMILIES`) share one scale, so copies of a family's first
     members are held until its last one has come.
@@ -63,8 +70,8 @@ def quantize_weights(
 
     Raises:
         ValueError, TypeError: here, for arguments that name nothing.
-        UnsupportedLayoutError, CheckpointError: on the way, for a weight that the format cannot hold, that is not in
-            high precision, or that becomes something else than those it is fused with.
+        UnsupportedLayoutError, CheckpointError: on the way, for a weight that the format cannot hold, that is neither
+            in high precision nor FP8 with scales, or that becomes something else than those it is fused with.
         NonFiniteWeightError: at the end; lists every weight that held NaN or Inf.
         UnmatchedPatternError: at the end; a pattern matched nothing, and the weights are not `partial`.
     """
@@ -98,8 +105,9 @@ def quantization_config(
     if isinstance(weights, (str, os.PathLike)):
         weights = open_checkpoint(weights)
     if isinstance(weights, Checkpoint):
-        return config_of(select(weights, fmt, dtype, **selection), fmt)
-    return config_of(select_tensors(dict(weights), fmt, dtype, "the given weights", **selection), fmt)
+        return config_of(select(weights, fmt, dtype, may_be_fp8=True, **selection), fmt)
+    tensors = as_high_precision(dict(weights))
+    return config_of(select_tensors(tensors, fmt, dtype, "the given weights", **selection), fmt)
 
 
 class QuantizedWeights:
@@ -128,10 +136,15 @@ class QuantizedWeights:
     def _iterate(self):
         started = time.perf_counter()
         report = self.report
-        for name, tensor in self._weights:
-            report.shards += 1
-            report.bytes_in += tensor.nbytes
-            scheme, why = self._decide(name, tensor)
+        for name, tensor, stored in paired(self._weights):
+            report.shards += 1 if stored is None else 2
+            report.bytes_in += tensor.nbytes + (0 if stored is None else stored.nbytes)
+            scheme, why = self._decide(name, tensor, stored)
+            if stored is not None and scheme is not None and self._may_stay(name, tensor, stored, scheme):
+                yield from self._as_it_is(name, tensor, stored, scheme)
+                continue
+            if stored is not None:
+                tensor = self._dequantized(tensor, stored, torch.bfloat16 if scheme is None else torch.float32)
             if scheme is None:
                 report.passed_through[name] = why
                 report.bytes_out += tensor.nbytes
@@ -153,26 +166,51 @@ class QuantizedWeights:
         if bad:
             raise NonFiniteWeightError(f"{len(bad)} weights hold NaN or Inf: {', '.join(bad)}")
 
-    def _decide(self, name, tensor):
-        scheme, why = self._rules.decide(name, tensor.shape, tensor.dtype)
+    def _decide(self, name, tensor, stored):
+        scheme, why = self._rules.decide(name, tensor.shape, tensor.dtype if stored is None else torch.float32)
         if scheme is not None:
             self._fmt.check(name, tuple(tensor.shape), scheme, self._dtype)
         elif (
-            tensor.dtype not in HIGH_PRECISION and self._rules.decide(name, tensor.shape, torch.float32)[0] is not None
+            stored is None
+            and tensor.dtype not in HIGH_PRECISION
+            and self._rules.decide(name, tensor.shape, torch.float32)[0] is not None
         ):
             raise CheckpointError(
-                f"`{name}` must be bfloat16, float16 or float32 to become FP8, got {dtype_name(tensor.dtype)}; "
-                f"ignore=[{name!r}] keeps it as it is"
+                f"`{name}` must be bfloat16, float16 or float32, or FP8 with its scales, to become FP8, "
+                f"got {dtype_name(tensor.dtype)}; ignore=[{name!r}] keeps it as it is"
             )
         family = tuple(family_of(name))
         if len(family) > 1:
             check_treated_alike(name, scheme, *self._treated.setdefault(family, (name, scheme)))
         return scheme, why
 
+    def _may_stay(self, name, codes, stored, scheme):
+        """Are FP8 weights what they would become? Fused ones with one scale each get a common one."""
+        if (
+            codes.dtype != self._dtype
+            or scheme.pow2
+            or (isinstance(scheme, PerTensor) and len(self._members(name)) > 1)
+        ):
+            return False
+        return stored.numel() == 1 or tuple(stored.shape) == scheme.scale_shape(codes.shape)
+
+    def _as_it_is(self, name, codes, stored, scheme):
+        codes, shape = self._placed(codes), self._fmt.scale_shape(tuple(codes.shape), scheme)
+        scale = self._placed(stored).float()
+        scale = (
+            scale.reshape(-1).expand(math.prod(shape)).reshape(shape) if scale.numel() == 1 else scale.reshape(shape)
+        )
+        self._count_held(codes)
+        yield from self._made(name, codes, scale.contiguous(), scale.isfinite().all() & ~holds_nan(codes))
+
+    def _dequantized(self, codes, stored, dtype):
+        codes, stored = self._placed(codes), self._placed(stored)
+        stored = stored.reshape(()) if stored.numel() == 1 else stored
+        scheme = stored_scheme(codes, stored)
+        return ops.dequantize(codes, stored, dtype, scheme)
+
     def _of_family(self, name, tensor, scheme):
-        members = [
-            member for member in family_of(name) if self._names is None or member in self._names or member == name
-        ]
+        members = self._members(name)
         if len(members) == 1:
             yield from self._quantized(name, tensor, scheme, None)
             return
@@ -207,12 +245,18 @@ class QuantizedWeights:
         q, scale = ops.quantize(tensor, scheme, dtype=self._dtype, amax=amax)
         scale = scale.float().reshape(self._fmt.scale_shape(tuple(q.shape), scheme))
         del tensor
-        self._finite[name] = scale.isfinite().all()
+        yield from self._made(name, q, scale, scale.isfinite().all())
+
+    def _made(self, name, q, scale, finite):
+        self._finite[name] = finite
         self.report.quantized_tensors += 1
         self.report.quantized_units += 1
         self.report.bytes_out += q.nbytes + scale.nbytes
         yield name, q
         yield self._fmt.scale_name(name), scale
+
+    def _members(self, name):
+        return [member for member in family_of(name) if self._names is None or member in self._names or member == name]
 
     def _placed(self, tensor, copy=False):
         return tensor.to(self._device or tensor.device, copy=copy)

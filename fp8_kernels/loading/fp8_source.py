@@ -19,10 +19,10 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
         raise LoadError(f"codes for {name} must be FP8 of shape {tuple(t.shape)}, got {q.dtype} of {tuple(q.shape)}")
     if scale.numel() == 1:
         scale = scale.reshape(())
-    scheme = as_scheme(scheme) if scheme is not None else _scheme_of(q, scale)
-    if not _fits(q, scale, scheme):
+    scheme = as_scheme(scheme) if scheme is not None else stored_scheme(q, scale)
+    if not fits(q, scale, scheme):
         raise LoadError(f"scales for {name} must be of shape {scheme.scale_shape(q.shape)}, got {tuple(scale.shape)}")
-    if _holds_nan(q):
+    if holds_nan(q):
         raise NonFiniteWeightError(f"{name}: its codes hold NaN or Inf")
     with torch.no_grad():
         if not writes.take_codes(t, q, scale):
@@ -31,7 +31,8 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
             t.copy_(dequantize(q, scale, torch.float32, scheme))
 
 
-def _scheme_of(q, scale):
+def stored_scheme(q, scale):
+    """What the scales of these codes cover, told from shapes; as 128 x 128 where these are those of such blocks."""
     if not scale.ndim:
         return PerTensor(scale_dtype=scale.dtype, pow2=scale.dtype == torch.float8_e8m0fnu)
     blocks = PerBlock(128, 128)
@@ -40,12 +41,13 @@ def _scheme_of(q, scale):
     return scheme_of(q, scale)
 
 
-def _fits(q, scale, scheme):
+def fits(q, scale, scheme):
+    """Are these the scales of that scheme, or a single one?"""
     return not scale.ndim or tuple(scale.shape) == scheme.scale_shape(q.shape)
 
 
-def _holds_nan(q):
-    """Read from the bits, in bytes: wider temporaries would not fit the memory bound."""
+def holds_nan(q):
+    """Do codes hold NaN or Inf? Read from the bits, in bytes: wider temporaries would not fit the memory bound."""
     magnitude = q.view(torch.uint8) & 0x7F
     first = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}.get(q.dtype)
     if first is None:  # the fnuz formats have one NaN, which is negative zero elsewhere

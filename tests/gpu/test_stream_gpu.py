@@ -58,3 +58,14 @@ def test_peak_is_what_the_engine_keeps_and_what_is_held(scheme, held):
     resident = torch.cuda.memory_allocated() - before
     assert resident >= 48 * w.numel() and len(kept) == 2 * len(names)
     assert torch.cuda.max_memory_allocated() - before <= resident + held * w.nbytes + w.numel() + (4 << 20)
+
+
+@pytest.mark.parametrize("target", ["per_channel", "per_block"])
+def test_fp8_sources_on_cuda(target):
+    """Blocks of a checkpoint as they are, or to other groups: the bits of the CPU."""
+    state = {f"layers.{i}.o_proj.weight": torch.randn(384, 640, dtype=torch.bfloat16) for i in range(3)}
+    stored = dict(fk.quantize_weights(state.items(), "per_block", "fp8"))
+    wanted = dict(fk.quantize_weights(stored.items(), target))
+    found = dict(fk.quantize_weights(stored.items(), target, device="cuda"))
+    assert all(tensor.is_cuda for tensor in found.values())
+    equal_bits({name: tensor.cpu() for name, tensor in found.items()}, wanted)
