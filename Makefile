@@ -73,7 +73,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 # An interpreter that is not ours gets nothing installed, but for what the demo lacks (`make demo` asks for that).
 at-hand:
 	@$(PYTHON) -c "import torch" || (echo "no torch in $(PYTHON): run make without VENV=" && false)
-	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -W ignore setup.py -q build_ext --inplace
 
 HAS := $(PYTHON) -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 demo-packages: $(READY)

@@ -12,11 +12,11 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     w = torch.randn(1025, 576, device=device, dtype=torch.bfloat16) / 24  # [N, K]: out features, in features
 
-    for scheme in ("per_tensor", "per_channel", fk.PerBlock(128, 128), fk.PerGroup(64), "mxfp8"):
+    for scheme in ("per_tensor", "per_channel", "per_block", "mxfp8", fk.PerGroup(64)):
         q, scale = fk.quantize(w, scheme)
         back = fk.dequantize(q, scale, torch.float32, scheme)
         error = ((back - w.float()).norm() / w.float().norm()).item()
-        print(f"{str(scheme):<75} scale {tuple(scale.shape)!s:<12} relative error {error:.4f}")
+        print(f"scale {tuple(scale.shape)!s:<11} relative error {error:.4f}  {scheme}")
         assert error < 0.04
 
     experts = torch.randn(4, 136, 96, device=device, dtype=torch.bfloat16)  # a leading dimension is a batch
