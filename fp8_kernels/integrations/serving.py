@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..checkpoint import quantize_weights
 from ..loading.report import Report
 
+_COMPUTED = ("k_scale", "v_scale")  # parameters while a model loads, which high-precision checkpoints do not hold
+
 
 class Serving:
     """A model whose weights came through here: how they are loaded again, into the memory they have.
@@ -24,6 +26,7 @@ class Serving:
     Args:
         model: with a `load_weights`.
         options: of `quantize_weights`, by which it was loaded.
+        check: called with (model, names) after each update, to raise for names that belong into one.
 
     Attributes:
         device: of the model.
@@ -31,8 +34,8 @@ class Serving:
         report: of the last update.
     """
 
-    def __init__(self, model, options):
-        self.model, self.options, self.ready = model, options, False
+    def __init__(self, model, options, check):
+        self.model, self.options, self.ready, self._check = model, options, False, check
         self.device, self.report = next(model.parameters()).device, Report()
         self._replaced: list[tuple[torch.nn.Module, str, _Loaded]] = []
         self._moved: list[str] = []
@@ -44,6 +47,7 @@ class Serving:
             (f"{name}.{leaf}", module, leaf, _Loaded(p), p.detach().clone() if "scale" in leaf else None)
             for name, module in self.model.named_modules()
             for leaf, p in module.named_parameters(recurse=False)
+            if leaf not in _COMPUTED
         ]
         yield
         for name, module, leaf, parameter, scales in loaded:
@@ -64,9 +68,12 @@ class Serving:
                 f"`{self._moved[0]}` ({len(self._moved)} in all) must lie where it was loaded to take new weights, but "
                 "the engine made another tensor of it for its kernels; the model has to be loaded again"
             )
-        stream = quantize_weights(weights, **self.options, partial=True, device=self.device)
+        names = []
+        noted = ((names.append(name), (name, tensor))[1] for name, tensor in weights)
+        stream = quantize_weights(noted, **self.options, partial=True, device=self.device)
         result = self.call_as_loaded(load, stream, *args, **kwargs)
         self.report = stream.report
+        self._check(self.model, names)
         return result
 
     def call_as_loaded(self, function, *args, **kwargs):

@@ -21,7 +21,7 @@ import logging
 import pkgutil
 
 from ..checkpoint import open_checkpoint, quantization_config, quantize_weights
-from ..checkpoint.formats import as_format
+from ..checkpoint.formats import as_format, family_of
 from ..schemes import PerBlock, as_scheme
 from .serving import Serving
 
@@ -29,11 +29,12 @@ NAME = "fp8_kernels"
 OPTIONS = ("scheme", "ignore", "include", "schemes", "format")
 LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor")
 
+_JOINED = "fused_qkv_a_proj_with_mqa"
 # What SGLang's model classes fuse without saying so in a `packed_modules_mapping`.
 _FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
-    "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
+    _JOINED: ["q_a_proj", "kv_a_proj_with_mqa"],
 }
 _MARK = "_fp8_kernels"  # on a model: its `Serving`
 
@@ -159,7 +160,7 @@ def _weights(original, self, model_config, model):
         return weights
     checkpoint = _checkpoint(model_config, self.load_config)
     options = options_of(self.load_config.model_loader_extra_config, checkpoint.metadata())
-    serving = Serving(model, options)
+    serving = Serving(model, options, _check_joined)
     setattr(model, _MARK, serving)
     return _logged(quantize_weights(weights, **options, names=checkpoint.metadata(), device=serving.device))
 
@@ -205,10 +206,21 @@ def options_of(extra_config, names=()) -> dict:
     return options
 
 
+def _check_joined(model, names):
+    """DeepSeek's loader joins two weights, of one call alone, and forgets the one whose partner comes in another."""
+    names, params = set(names), dict(model.named_parameters())
+    for name in names:
+        fused = name.replace(".q_a_proj.", f".{_JOINED}.").replace(".kv_a_proj_with_mqa.", f".{_JOINED}.")
+        missing = [member for member in family_of(name) if member not in names]
+        if _JOINED in fused and fused in params and missing:
+            raise RuntimeError(f"`{name}` must come in one call with `{missing[0]}`; it has not been loaded")
+
+
 def _check_scales_arrived(model):
-    """SGLang fills scales with a negative number first, and only warns of tensors that a model has no place for."""
+    """SGLang fills scales with a negative number first, or with 1 those of experts, and only warns of tensors that a
+    model has no place for."""
     for name, p in model.named_parameters():
-        if "weight_scale" in name and not bool((p > 0).all()):
+        if "weight_scale" in name and p.numel() and (not bool((p > 0).all()) or bool((p == 1).all())):
             raise RuntimeError(
                 f"`{name}` must have arrived, but {type(model).__name__} took no scale for it; another `format` or "
                 "scheme may work"

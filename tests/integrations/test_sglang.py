@@ -43,8 +43,57 @@ def qwen3_moe(folder, seed=0, **sizes):
     return models.save(models.tiny_qwen3_moe(**SIZES | EXPERTS | sizes), folder)
 
 
+def deepseek_v3(folder, seed=0):
+    """Latent attention, whose `kv_b_proj` SGLang folds into other tensors, a dense layer and one of experts."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    # The last five are what SGLang asks of older versions' configs.
+    config = DeepseekV3Config(
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=128,
+        q_lora_rank=128,
+        qk_rope_head_dim=128,  # with it rows of kv_a_proj_with_mqa are whole blocks
+        vocab_size=160,
+        max_position_embeddings=4096,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 2048,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        num_nextn_predict_layers=0,
+        moe_layer_freq=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        ep_size=1,
+    )
+    torch.manual_seed(seed)
+    return models.save(models._random(DeepseekV3ForCausalLM, config), folder)
+
+
 def assert_same(found, wanted):
-    """Names, shapes, strides and bits of all parameters."""
+    """Names, shapes, strides and bits of all parameters, and of what latent attention has made of them."""
+    for name, module in wanted.named_modules():
+        for leaf in ("w_kc", "w_vc", "w_scale"):
+            made, t = getattr(found.get_submodule(name), leaf, None), getattr(module, leaf, None)
+            if isinstance(t, torch.Tensor):
+                assert torch.equal(made.float(), t.float()), f"{name}.{leaf}"
+            else:
+                assert made == t, f"{name}.{leaf}"
     found, wanted = dict(found.named_parameters()), dict(wanted.named_parameters())
     assert found.keys() == wanted.keys()
     for name, t in wanted.items():
@@ -64,6 +113,8 @@ def num_fp8(model):
         (llama, "per_block", "compressed-tensors"),
         (qwen3_moe, "per_channel", "compressed-tensors"),
         (qwen3_moe, "per_block", "fp8"),
+        (deepseek_v3, "per_channel", "compressed-tensors"),
+        (deepseek_v3, "per_block", "fp8"),
     ],
 )
 def test_model_equals_that_of_the_folder(make, scheme, format, tmp_path):
@@ -72,7 +123,7 @@ def test_model_equals_that_of_the_folder(make, scheme, format, tmp_path):
     fk.quantize_checkpoint(folder, tmp_path / "fp8", scheme, format)
     model = engine.load(folder, "fp8_kernels", scheme=scheme)
     assert_same(model, engine.load(tmp_path / "fp8"))
-    assert num_fp8(model) == 8
+    assert num_fp8(model) == (14 if make is deepseek_v3 else 8)
 
 
 @pytest.mark.parametrize("make", [llama, qwen3_moe])
@@ -147,6 +198,10 @@ def test_choice_of_the_command_line():
     assert QUANTIZATION_CHOICES.count("fp8_kernels") == 1
 
 
+def forget_scales_of_experts(model, weights, device):
+    model.load_weights((name, t) for name, t in weights if not name.endswith("down_proj.weight_scale"))
+
+
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     """Other loaders, options that mean nothing, formats that the model does not load, another SGLang: each is named."""
     from sglang.srt.model_loader import loader
@@ -166,6 +221,9 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
         engine.load(folder, "fp8_kernels", scheme="mxfp8")
     with pytest.raises(RuntimeError, match=r"qkv_proj\.weight_scale_inv.*LlamaForCausalLM took no scale"):
         engine.load(folder, "fp8_kernels", scheme="per_block", format="fp8")
+    with pytest.raises(RuntimeError, match=r"experts\.w2_weight_scale.*Qwen3MoeForCausalLM took no scale"):
+        monkeypatch.setattr(loader.DefaultModelLoader, "load_weights_only", staticmethod(forget_scales_of_experts))
+        engine.load(qwen3_moe(tmp_path / "moe"), "fp8_kernels")
     fk.quantize_checkpoint(folder, tmp_path / "fp8")
     with pytest.raises(ValueError, match="does not match"):  # SGLang's own: the folder is FP8 already
         engine.load(tmp_path / "fp8", "fp8_kernels")
@@ -233,8 +291,16 @@ def from_disk(updater, folder, state):
     assert ok, message
 
 
-@pytest.mark.parametrize("way", [from_tensors, from_buckets, from_distributed, from_checkpoint_engine, from_disk])
-@pytest.mark.parametrize("make,scheme", [(llama, "per_channel"), (llama, "per_block"), (qwen3_moe, "per_channel")])
+WAYS = [from_tensors, from_buckets, from_distributed, from_checkpoint_engine, from_disk]
+UPDATED = [
+    (make, scheme, way)
+    for make in (llama, qwen3_moe, deepseek_v3)
+    for scheme in ("per_channel", "per_block")
+    for way in (WAYS if make is not deepseek_v3 else [from_tensors, from_disk])
+]
+
+
+@pytest.mark.parametrize("make,scheme,way", UPDATED)
 def test_updates_in_place(make, scheme, way, tmp_path):
     """A serving model takes bf16 weights by each of SGLang's ways, twice: it is then as if loaded with them, and every
     tensor is the same object at the same address."""
@@ -265,6 +331,20 @@ def test_update_of_a_part(tmp_path):
     for other, p in model.named_parameters():
         same = p.reshape(-1).view(torch.uint8) == before[other].reshape(-1).view(torch.uint8)
         assert same.all() or other in (name, f"{name}_scale"), other
+
+
+def test_update_that_sglang_would_forget(tmp_path):
+    """DeepSeek's loader joins q_a and kv_a of one call; where they come in two, the update fails and says so."""
+    model = engine.load(deepseek_v3(tmp_path / "0"), "fp8_kernels")
+    state = dict(fk.open_checkpoint(deepseek_v3(tmp_path / "1", seed=1)).tensors())
+    name = "model.layers.0.self_attn.q_a_proj.weight"
+    partner = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    with pytest.raises(RuntimeError, match=r"q_a_proj\.weight` must come in one call with `.*kv_a_proj_with_mqa"):
+        model.load_weights([(name, state[name])])
+    model.load_weights([(name, state[name]), (partner, state[partner])])
+    q = torch.cat([fk.quantize(state[n], "per_channel")[0].view(torch.uint8) for n in (name, partner)])
+    held = model.get_parameter("model.layers.0.self_attn.fused_qkv_a_proj_with_mqa.weight")
+    assert torch.equal(held.t().view(torch.uint8), q)
 
 
 def test_update_of_a_layout_that_is_a_copy_is_refused(tmp_path, monkeypatch):
