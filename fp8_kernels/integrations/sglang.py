@@ -20,9 +20,11 @@ import inspect
 import logging
 import pkgutil
 
+import torch
+
 from ..checkpoint import open_checkpoint, quantization_config, quantize_weights
 from ..checkpoint.formats import as_format, family_of
-from ..schemes import PerBlock, as_scheme
+from ..schemes import PerBlock, as_scheme, dtype_name
 from .serving import Serving
 
 NAME = "fp8_kernels"
@@ -79,6 +81,8 @@ def _hooks():
         f"{loader}.DefaultModelLoader._get_all_weights": (_weights, "self model_config model"),
         f"{loader}.DefaultModelLoader.postprocess_weights": (_postprocess, "model target_device"),
     }
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater"
+    hooks[f"{updater}._model_load_weights_direct"] = (_direct, "model named_tensors")
     if importlib.util.find_spec("checkpoint_engine") is not None:  # SGLang's module for it imports it
         worker = "sglang.srt.checkpoint_engine.checkpoint_engine_worker.SGLangCheckpointEngineWorkerExtensionImpl"
         hooks[f"{worker}.get_post_hook"] = (_post_hook, "self")
@@ -174,6 +178,18 @@ def _postprocess(original, model, target_device):
         _check_scales_arrived(model)
         with serving.remembered():
             original(model, target_device)
+
+
+def _direct(original, model, named_tensors):
+    """`load_format="direct"` copies into parameters as they are: bf16 would become FP8 without its scale."""
+    if hasattr(model, _MARK):
+        params = dict(model.named_parameters())
+        for name, tensor in named_tensors:
+            if params[name].dtype == torch.float8_e4m3fn != tensor.dtype:
+                raise ValueError(
+                    f"`{name}` must be float8_e4m3fn to be loaded directly, got {dtype_name(tensor.dtype)}"
+                )
+    return original(model, named_tensors)
 
 
 def _post_hook(original, self):

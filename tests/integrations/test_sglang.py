@@ -347,6 +347,19 @@ def test_update_that_sglang_would_forget(tmp_path):
     assert torch.equal(held.t().view(torch.uint8), q)
 
 
+def test_direct_update_of_other_precision_is_refused(tmp_path):
+    """It would be cast without its scale."""
+    model = engine.load(llama(tmp_path / "0"), "fp8_kernels", scheme="per_block")
+    _, config = engine.loader_of(tmp_path / "0", "fp8_kernels")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    held = model.get_parameter(name)
+    with pytest.raises(ValueError, match=r"o_proj\.weight` must be float8_e4m3fn.*bfloat16"):
+        updater(model, config).update_weights_from_tensor([(name, torch.ones(256, 256).bfloat16())], "direct")
+    codes = torch.randn(256, 256).to(torch.float8_e4m3fn)
+    updater(model, config).update_weights_from_tensor([(name, codes)], "direct")
+    assert torch.equal(held.view(torch.uint8), codes.view(torch.uint8))
+
+
 def test_update_of_a_layout_that_is_a_copy_is_refused(tmp_path, monkeypatch):
     """Where SGLang has made another tensor for its kernels, new weights are refused, and the old ones serve on."""
     from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
