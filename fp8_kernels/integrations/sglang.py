@@ -185,10 +185,8 @@ def _direct(original, model, named_tensors):
     if hasattr(model, _MARK):
         params = dict(model.named_parameters())
         for name, tensor in named_tensors:
-            if params[name].dtype == torch.float8_e4m3fn != tensor.dtype:
-                raise ValueError(
-                    f"`{name}` must be float8_e4m3fn to be loaded directly, got {dtype_name(tensor.dtype)}"
-                )
+            if params[name].dtype == torch.float8_e4m3fn and tensor.dtype != torch.float8_e4m3fn:
+                raise ValueError(f"`{name}` must be float8_e4m3fn for a direct load, got {dtype_name(tensor.dtype)}")
     return original(model, named_tensors)
 
 

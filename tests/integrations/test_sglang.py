@@ -353,7 +353,7 @@ def test_direct_update_of_other_precision_is_refused(tmp_path):
     _, config = engine.loader_of(tmp_path / "0", "fp8_kernels")
     name = "model.layers.0.self_attn.o_proj.weight"
     held = model.get_parameter(name)
-    with pytest.raises(ValueError, match=r"o_proj\.weight` must be float8_e4m3fn.*bfloat16"):
+    with pytest.raises(ValueError, match=r"o_proj\.weight` must be float8_e4m3fn .*bfloat16"):
         updater(model, config).update_weights_from_tensor([(name, torch.ones(256, 256).bfloat16())], "direct")
     codes = torch.randn(256, 256).to(torch.float8_e4m3fn)
     updater(model, config).update_weights_from_tensor([(name, codes)], "direct")
