@@ -191,11 +191,16 @@ def test_plugin_is_found_by_its_entry_point(tmp_path, monkeypatch):
     assert {name: len(hooks) for name, hooks in hooked.items()} == dict.fromkeys(integration._hooks(), 1)
 
 
-def test_choice_of_the_command_line():
-    """`--quantization fp8_kernels` is a choice of SGLang's own parser."""
-    from sglang.srt.arg_groups.choices import QUANTIZATION_CHOICES
+def test_command_line(tmp_path):
+    """The line of docs/engines.md, through SGLang's own parser and resolution of its arguments."""
+    from sglang.srt.server_args import prepare_server_args
 
-    assert QUANTIZATION_CHOICES.count("fp8_kernels") == 1
+    options = '{"fp8_kernels": {"scheme": "per_block"}}'
+    words = ["--model-path", str(llama(tmp_path / "bf16")), "--quantization", "fp8_kernels", "--device", "cpu"]
+    args = prepare_server_args([*words, "--model-loader-extra-config", options])
+    assert (args.quantization, args.model_loader_extra_config) == ("fp8_kernels", options)
+    with pytest.raises(SystemExit):
+        prepare_server_args([*words[:3], "fp8_kernel"])
 
 
 def forget_scales_of_experts(model, weights, device):
