@@ -140,12 +140,12 @@ class QuantizedWeights:
             report.shards += 1 if stored is None else 2
             report.bytes_in += tensor.nbytes + (0 if stored is None else stored.nbytes)
             scheme, why = self._decide(name, tensor, stored)
-            if stored is not None and scheme is not None and self._may_stay(name, tensor, stored, scheme):
-                yield from self._as_it_is(name, tensor, stored, scheme)
-                continue
-            if stored is not None:
+            stays = stored is not None and scheme is not None and self._may_stay(name, tensor, stored, scheme)
+            if stored is not None and not stays:
                 tensor = self._dequantized(tensor, stored, torch.bfloat16 if scheme is None else torch.float32)
-            if scheme is None:
+            if stays:
+                yield from self._as_it_is(name, tensor, stored, scheme)
+            elif scheme is None:
                 report.passed_through[name] = why
                 report.bytes_out += tensor.nbytes
                 yield name, tensor
@@ -186,22 +186,16 @@ class QuantizedWeights:
 
     def _may_stay(self, name, codes, stored, scheme):
         """Are FP8 weights what they would become? Fused ones with one scale each get a common one."""
-        if (
-            codes.dtype != self._dtype
-            or scheme.pow2
-            or (isinstance(scheme, PerTensor) and len(self._members(name)) > 1)
-        ):
+        gets_another = isinstance(scheme, PerTensor) and len(self._members(name)) > 1
+        if codes.dtype != self._dtype or scheme.pow2 or gets_another:
             return False
         return stored.numel() == 1 or tuple(stored.shape) == scheme.scale_shape(codes.shape)
 
     def _as_it_is(self, name, codes, stored, scheme):
         codes, shape = self._placed(codes), self._fmt.scale_shape(tuple(codes.shape), scheme)
-        scale = self._placed(stored).float()
-        scale = (
-            scale.reshape(-1).expand(math.prod(shape)).reshape(shape) if scale.numel() == 1 else scale.reshape(shape)
-        )
+        scale = self._placed(stored).float().reshape(-1).expand(math.prod(shape)).reshape(shape).contiguous()
         self._count_held(codes)
-        yield from self._made(name, codes, scale.contiguous(), scale.isfinite().all() & ~holds_nan(codes))
+        yield from self._made(name, codes, scale, scale.isfinite().all() & (not holds_nan(codes)))
 
     def _dequantized(self, codes, stored, dtype):
         codes, stored = self._placed(codes), self._placed(stored)

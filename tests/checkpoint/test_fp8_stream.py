@@ -41,8 +41,12 @@ def test_the_same_groups_stay_as_they_are(source, format, order, tmp_path):
     items = sorted(stored.items(), key=lambda item: ("_scale" in item[0]) == (order == "codes first"))
     if order == "any":
         random.shuffle(items)
-    stream = fk.quantize_weights(iter(items), source, format, names=dequantized(stored, source))
+    said = []
+    options = {"names": dequantized(stored, source), "progress": lambda done, name: said.append((done, name))}
+    stream = fk.quantize_weights(iter(items), source, format, **options)
     equal_bits(dict(stream), stored)
+    assert {name for _, name in said} == options["names"].keys()
+    assert max(said)[0] == stream.report.bytes_in == sum(t.nbytes for t in stored.values())
     assert stream.report.quantized_tensors == len(tiny.weights(stored))
 
 
