@@ -20,7 +20,7 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
     if scale.numel() == 1:
         scale = scale.reshape(())
     scheme = as_scheme(scheme) if scheme is not None else stored_scheme(q, scale)
-    if not fits(q, scale, scheme):
+    if not _fits(q, scale, scheme):
         raise LoadError(f"scales for {name} must be of shape {scheme.scale_shape(q.shape)}, got {tuple(scale.shape)}")
     if holds_nan(q):
         raise NonFiniteWeightError(f"{name}: its codes hold NaN or Inf")
@@ -41,8 +41,7 @@ def stored_scheme(q, scale):
     return scheme_of(q, scale)
 
 
-def fits(q, scale, scheme):
-    """Are these the scales of that scheme, or a single one?"""
+def _fits(q, scale, scheme):
     return not scale.ndim or tuple(scale.shape) == scheme.scale_shape(q.shape)
 
 
