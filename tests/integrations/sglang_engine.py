@@ -31,8 +31,9 @@ def declare_foreign_kernels():
         module.rotary_embedding = None
 
 
-def start(rank=0, world=1, rendezvous=None):
-    """A tensor-parallel rank, as SGLang's scheduler process starts it; returns a function that ends it."""
+def start(rank=0, world=1, rendezvous=None, ep_size=1):
+    """A tensor-parallel rank, with whole experts or parts of them, as SGLang's scheduler process starts it; returns a
+    function that ends it."""
     declare_foreign_kernels()
     torch.cuda.get_device_capability = lambda *device: (9, 0)
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
@@ -43,14 +44,14 @@ def start(rank=0, world=1, rendezvous=None):
 
     integration.register()
     HookRegistry.apply_hooks()
-    published = get_context().override_server_args(device=_DEVICE, tp_size=world)
+    published = get_context().override_server_args(device=_DEVICE, tp_size=world, ep_size=ep_size)
     published.install()
     folder = tempfile.TemporaryDirectory()
     method = f"file://{rendezvous or folder.name}/rendezvous"
     init_distributed_environment(
         world_size=world, rank=rank, local_rank=rank, backend="gloo", distributed_init_method=method
     )
-    sizes = {"tp_size": world, "attn_cp_size": 1, "attn_tp_size": world, "moe_dp_size": 1, "moe_ep_size": 1}
+    sizes = {"tp_size": world, "attn_cp_size": 1, "attn_tp_size": world, "moe_dp_size": 1, "moe_ep_size": ep_size}
     get_parallel().override_permanently(**derive_spawn_ranks(world_rank=rank, ep_join_rank_offset=0, **sizes))
     initialize_model_parallel(backend="gloo")
 

@@ -394,15 +394,17 @@ def test_non_finite_weights_fail_the_load(tmp_path):
         engine.load(models.save(model, tmp_path / "bf16"), "fp8_kernels")
 
 
-def run_rank(rank, folder, cases):
+def run_rank(rank, folder, cases, ep_size):
     """A rank's process: each case both ways; what failed goes to a file."""
     torch.set_num_threads(1)
     try:
-        end = engine.start(rank, 2, folder)
+        end = engine.start(rank, 2, folder, ep_size)
         for name, scheme in cases:
             model = engine.load(folder / name, "fp8_kernels", scheme=scheme)
             assert_same(model, engine.load(folder / f"{name}-{scheme}"))
             assert num_fp8(model) == 8
+            if ep_size > 1:
+                assert model.model.layers[0].mlp.experts.w13_weight.shape[0] == 2
         (folder / f"{rank}").write_text("ok")
         end()
     except BaseException:
@@ -410,9 +412,13 @@ def run_rank(rank, folder, cases):
         os._exit(1)
 
 
-def test_tensor_parallel_ranks(tmp_path):
-    """Two processes over gloo: each rank of SGLang's own parallel layers holds what it takes from the folder."""
-    cases = [("llama", "per_channel"), ("llama", "per_block"), ("qwen3_moe", "per_channel"), ("qwen3_moe", "per_block")]
+CASES = [(name, scheme) for name in ("llama", "qwen3_moe") for scheme in ("per_channel", "per_block")]
+
+
+@pytest.mark.parametrize("ep_size,cases", [(1, CASES), (2, CASES[2:])])
+def test_parallel_ranks(ep_size, cases, tmp_path):
+    """Two processes over gloo: each rank of SGLang's own parallel layers, with parts of all experts or half of them
+    whole, holds what it takes from the folder."""
     llama(tmp_path / "llama", head_dim=128)  # SGLang wants whole blocks on each rank
     qwen3_moe(tmp_path / "qwen3_moe", head_dim=128, moe_intermediate_size=256)
     for name, scheme in cases:
@@ -420,7 +426,7 @@ def test_tensor_parallel_ranks(tmp_path):
         format = "fp8" if blocks_of_experts else "compressed-tensors"
         fk.quantize_checkpoint(tmp_path / name, tmp_path / f"{name}-{scheme}", scheme, format)
     context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(rank, tmp_path, cases)) for rank in range(2)]
+    processes = [context.Process(target=run_rank, args=(rank, tmp_path, cases, ep_size)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
