@@ -20,6 +20,8 @@ from .fp8_stream import as_high_precision, paired
 from .quantize import config_of, select, select_tensors
 from .reader import Checkpoint, open_checkpoint
 
+_LOOK_AT = 1024  # weights: each keeps 512 bytes of the device until then
+
 
 def quantize_weights(
     weights: Iterable[tuple[str, torch.Tensor]],
@@ -123,7 +125,8 @@ class QuantizedWeights:
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
         self._families: dict[tuple, dict[str, torch.Tensor]] = {}  # members that wait for the others, as copies
         self._treated: dict[tuple, tuple] = {}  # the first of each family, and what becomes of it
-        self._finite: dict[str, torch.Tensor] = {}  # looked at once, at the end: a look waits for the device
+        self._finite: dict[str, torch.Tensor] = {}  # of the latest weights; looked at together: a look waits
+        self._bad: list[str] = []
         self.report = Report(scheme=scheme_name(rules.scheme), device=str(self._device or "each weight's"))
         self._iterator = self._iterate()
 
@@ -162,9 +165,9 @@ class QuantizedWeights:
         report.seconds = time.perf_counter() - started
         if not self._partial:
             self._rules.check_all_used()
-        bad = [name for name, finite in self._finite.items() if not finite]
-        if bad:
-            raise NonFiniteWeightError(f"{len(bad)} weights hold NaN or Inf: {', '.join(bad)}")
+        self._look()
+        if self._bad:
+            raise NonFiniteWeightError(f"{len(self._bad)} weights hold NaN or Inf: {', '.join(self._bad)}")
 
     def _decide(self, name, tensor, stored):
         scheme, why = self._rules.decide(name, tensor.shape, tensor.dtype if stored is None else torch.float32)
@@ -243,11 +246,21 @@ class QuantizedWeights:
 
     def _made(self, name, q, scale, finite):
         self._finite[name] = finite
+        if len(self._finite) == _LOOK_AT:
+            self._look()
         self.report.quantized_tensors += 1
         self.report.quantized_units += 1
         self.report.bytes_out += q.nbytes + scale.nbytes
         yield name, q
         yield self._fmt.scale_name(name), scale
+
+    def _look(self):
+        """Are the latest weights finite? One wait for each device."""
+        for device in {finite.device for finite in self._finite.values()}:
+            names = [name for name, finite in self._finite.items() if finite.device == device]
+            flags = torch.stack([self._finite[name] for name in names]).tolist()
+            self._bad += [name for name, finite in zip(names, flags, strict=True) if not finite]
+        self._finite.clear()
 
     def _members(self, name):
         return [member for member in family_of(name) if self._names is None or member in self._names or member == name]

@@ -165,6 +165,15 @@ def test_incomplete_family_leaves_at_the_end_with_its_own_scale():
     assert torch.equal(alone["a.q_proj.weight"].view(torch.uint8), fk.quantize(q, "per_tensor")[0].view(torch.uint8))
 
 
+def test_non_finite_weights_of_long_streams(monkeypatch):
+    """Weights are looked at some at a time; at the end every one that is not finite is named, in order."""
+    monkeypatch.setattr("fp8_kernels.checkpoint.stream._LOOK_AT", 3)
+    good, bad = torch.randn(2, 32), torch.full((2, 32), float("inf"))
+    items = [(f"layers.{i}.o_proj.weight", bad if i in (1, 3, 10) else good) for i in range(11)]
+    with pytest.raises(fk.NonFiniteWeightError, match=r"3 weights.*layers\.1\..*layers\.3\..*layers\.10\."):
+        list(fk.quantize_weights(items))
+
+
 def test_what_is_wrong_is_named():
     """NaN and unmatched patterns at the end, a weight that cannot be held on the way, bad arguments at once."""
     good, bad = ("x.o_proj.weight", torch.randn(4, 32)), torch.randn(4, 32)
