@@ -1,1 +1,1 @@
-"""Inside other libraries; each module is for one, and imports it."""
+"""Engines that load FP8 through this package; each module is for one. Nothing here imports an engine by itself."""
