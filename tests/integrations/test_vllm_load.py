@@ -15,7 +15,7 @@ from fp8_kernels.testing import assert_same_bits
 CASES = [
     ("llama", {}),
     ("llama", {"scheme": "per_tensor"}),
-    ("llama", {"scheme": "per_block"}),
+    pytest.param("llama", {"scheme": "per_block"}, marks=needs_kernels),
     ("llama", {"ignore": ["*.layers.0.*", "re:down_proj"]}),
     ("llama", {"schemes": {"*.layers.1.*": "per_tensor"}}),
     ("qwen2", {}),
@@ -49,7 +49,7 @@ def test_what_vllm_loads_is_the_quantized_folder(sources, tmp_path, kind, option
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind, options", [CASES[0], CASES[2], CASES[5]])
+@pytest.mark.parametrize("kind, options", [("llama", {}), ("llama", {"scheme": "per_block"}), ("qwen2", {})])
 def test_kernels_get_what_they_get_from_the_folder(sources, tmp_path, kind, options):
     """Also after vLLM's kernels have laid out their weights."""
     ours, theirs = map(tensors, both(sources[kind], tmp_path / "fp8", options, processed=True))
@@ -168,7 +168,7 @@ def test_nan_is_refused_by_name(tmp_path):
 def test_compiled_graphs_are_told_apart_by_scheme(sources):
     """vLLM keeps compiled graphs by a key of its config; another scheme is another graph."""
     keys = set()
-    for scheme in ("per_channel", "per_block"):
+    for scheme in ("per_channel", "per_tensor"):
         extra = {"scheme": scheme}
         config = engine_config(sources["llama"], quantization=NAME, model_loader_extra_config=extra)
         load_model(config, processed=False)

@@ -46,21 +46,20 @@ def no_kernels(monkeypatch):
     without_compiled_ops(monkeypatch)
 
 
-def build(quant_config, name="m", inner=INNER):
+def build(quant_config, name, inner=INNER, has_bias=False):
     """A module of each kind, as vLLM's models make them."""
     model = torch.nn.Module()
     common = {"quant_config": quant_config, "params_dtype": torch.bfloat16}
     model.qkv = QKVParallelLinear(HIDDEN, 64, 4, 2, bias=True, prefix=f"{name}.qkv", **common)
     model.gate_up = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], bias=False, prefix=f"{name}.gate_up", **common)
     model.down = RowParallelLinear(INNER, HIDDEN, bias=False, prefix=f"{name}.down", **common)
-    model.moe = FusedMoEFactory(
-        num_experts=EXPERTS, top_k=2, hidden_size=HIDDEN, intermediate_size=inner, prefix=f"{name}.moe", **common
-    )
+    sizes = {"num_experts": EXPERTS, "top_k": 2, "hidden_size": HIDDEN, "intermediate_size": inner}
+    model.moe = FusedMoEFactory(**sizes, has_bias=has_bias, prefix=f"{name}.moe", **common)
     model.norm = torch.nn.Parameter(torch.ones(HIDDEN))
     return model
 
 
-def shards(inner=INNER, seed=0):
+def shards(inner=INNER, seed=0, has_bias=False):
     """(path of the parameter, tensor, arguments of its weight loader): a checkpoint in its usual order."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -78,6 +77,9 @@ def shards(inner=INNER, seed=0):
         for shard, shape in (("w1", (inner, HIDDEN)), ("w2", (HIDDEN, inner)), ("w3", (inner, HIDDEN))):
             leaf = "w2_weight" if shard == "w2" else "w13_weight"
             yield f"moe.routed_experts.{leaf}", w(*shape), (f"experts.{leaf}", shard, expert)
+            if has_bias:
+                leaf = leaf.replace("weight", "bias")
+                yield f"moe.routed_experts.{leaf}", w(shape[0]), (f"experts.{leaf}", shard, expert)
     yield "norm", w(HIDDEN), ()
 
 
@@ -90,15 +92,15 @@ def load(model, checkpoint):
         loader(parameter, tensor, *arguments)
 
 
-def loaded(config, scheme, ours, checkpoint=None, inner=INNER, options=None):
+def loaded(config, scheme, ours, checkpoint=None, inner=INNER, has_bias=False, options=None):
     """The modules, loaded as vLLM does it or by us, and then processed as vLLM does in any case."""
     arguments = resolve_quantization_config(scheme, None)
     with current(config):
         quant_config = (WriteThroughConfig if ours else OnlineQuantizationConfig)(arguments)
-        model = build(quant_config, f"{scheme}.{ours}.{torch.randint(1 << 60, ()).item()}", inner)
+        model = build(quant_config, f"m{torch.randint(1 << 60, ()).item()}", inner, has_bias)
         layerwise.record_metadata_for_reloading(model)
         with write_through(model, options) if ours else contextlib.nullcontext() as loader:
-            load(model, shards(inner) if checkpoint is None else checkpoint)
+            load(model, shards(inner, has_bias=has_bias) if checkpoint is None else checkpoint)
         layerwise.finalize_layerwise_processing(model, config.model_config)
         process(model)
     return model, loader
@@ -170,11 +172,12 @@ def test_vllm_can_reload_what_we_loaded(config, no_kernels, scheme):
     assert pointers == {name: t.data_ptr() for name, t in model.named_parameters()}
 
 
-def test_padded_experts_complete(config, no_kernels):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_padded_experts_complete(config, no_kernels, has_bias):
     """vLLM pads the intermediate size of experts to whole blocks; padding is zero and keeps nothing waiting."""
-    inner = 200
-    theirs, _ = loaded(config, "fp8_per_block", ours=False, inner=inner)
-    ours, _ = loaded(config, "fp8_per_block", ours=True, inner=inner)
+    padded = {"inner": 200, "has_bias": has_bias}
+    theirs, _ = loaded(config, "fp8_per_block", ours=False, **padded)
+    ours, _ = loaded(config, "fp8_per_block", ours=True, **padded)
     assert ours.moe.routed_experts.w13_weight.shape[1] == 512
     assert_same_layers(ours, theirs)
 

@@ -1,8 +1,8 @@
 """vLLM inside the test's own process: config, process groups, tiny models, and what a machine may lack of it."""
 
 import contextlib
-import functools
 import importlib.util
+import os
 import tempfile
 from types import SimpleNamespace
 
@@ -65,20 +65,22 @@ def engine_config(folder, **options):
     return EngineArgs(model=str(folder), **options).create_engine_config()
 
 
-@functools.lru_cache
 def start_groups(rank=0, world_size=1, rendezvous=None):
     """vLLM's process groups, once in a process; also that of experts, which it makes only where it knows no model."""
+    if parallel_state.model_parallel_is_initialized():
+        return
     rendezvous = rendezvous or f"file://{tempfile.mkdtemp()}/rendezvous"
+    os.environ.setdefault("VLLM_DIST_IDENT", rendezvous.replace("/", "_"))  # vLLM's CPU worker sets it
     with set_current_vllm_config(VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=world_size))):
         parallel_state.init_distributed_environment(world_size, rank, rendezvous, rank, "gloo")
         parallel_state.initialize_model_parallel(world_size)
 
 
 @contextlib.contextmanager
-def current(config, rank=0, world_size=1, rendezvous=None):
+def current(config):
     """vLLM's surroundings for building layers: this config, bf16 by default."""
     before = torch.get_default_dtype()
-    start_groups(rank, world_size, rendezvous)
+    start_groups()
     with set_current_vllm_config(config), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -115,6 +117,17 @@ def load_model(config, processed=True):
 def tensors(module):
     """Name -> every parameter and buffer."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def without_moe_backend(patch):
+    """Build experts also where vLLM has no kernel for them on a CPU: they are loaded here and not run."""
+    from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+
+    backend = method.UnquantizedMoeBackend.CPU
+    patch.setattr(method, "select_unquantized_moe_backend", lambda moe_config: (backend, None))
+    gpu = type("Gpu", (type(config.current_platform),), {"is_xpu": lambda self: True})
+    patch.setattr(config, "current_platform", gpu())  # without a gate it refuses a CPU
 
 
 def without_compiled_ops(patch):

@@ -173,14 +173,20 @@ class _Moe(_StandIn):
         shapes["w2_weight"] = (num_experts, hidden, inner)
         return {leaf: shape for leaf, shape in shapes.items() if shape != tuple(getattr(layer, leaf).shape)}
 
-    def zero_between(self, layer):
-        """Padding of w13 that lies between its two shards is no corner: it is written."""
-        num_rows = layer.w13_weight.shape[1] // self.moe.w13_num_shards
-        config = layer.moe_config
+    def write_padding(self, layer):
+        """Padding that is no corner of its weight, and that of biases, has to be written: it is zero, as in vLLM."""
+        config, shards = layer.moe_config, self.moe.w13_num_shards
         inner, hidden = config.intermediate_size_per_partition_unpadded, config.hidden_dim_unpadded
-        for shard in range(self.moe.w13_num_shards - 1):
-            if inner < num_rows:
-                layer.w13_weight.data[:, shard * num_rows + inner : (shard + 1) * num_rows, :hidden].zero_()
+        num_rows = layer.w13_weight.shape[1] // shards
+        w13_bias, w2_bias = getattr(layer, "w13_bias", None), getattr(layer, "w2_bias", None)
+        for shard in range(shards) if inner < num_rows else ():
+            padding = slice(shard * num_rows + inner, (shard + 1) * num_rows)
+            if shard < shards - 1:
+                layer.w13_weight.data[:, padding, :hidden].zero_()
+            if w13_bias is not None:
+                w13_bias.data[:, padding].zero_()
+        if w2_bias is not None and hidden < w2_bias.shape[1]:
+            w2_bias.data[:, hidden:].zero_()
 
 
 class _PerTensorMoe(_Moe):
@@ -235,7 +241,9 @@ def write_through(model: torch.nn.Module, options: Options | None = None) -> Ite
         _Layers(layers),
         device=next((p.device for p in model.parameters() if not p.is_meta), None),
         dtype=current_platform.fp8_dtype(),
-        on_module=lambda layer: layer.quant_method.take(layer),
+        # At the end, and not when a layer is complete: until then vLLM's loaders must find weights as they know them,
+        # for a shard that comes twice too.
+        on_finish=lambda model: [layer.quant_method.take(layer) for layer in layers.values()],
         staging_budget=options.staging_budget,
         **_what_becomes_fp8(layers),
         scale_group=_groups(layers) if options.shared_scales else None,
@@ -243,7 +251,7 @@ def write_through(model: torch.nn.Module, options: Options | None = None) -> Ite
     with loader:
         for layer in layers.values():
             if isinstance(layer.quant_method, _Moe):
-                layer.quant_method.zero_between(layer)
+                layer.quant_method.write_padding(layer)
         yield loader
 
 
