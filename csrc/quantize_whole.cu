@@ -24,7 +24,7 @@
 namespace fp8_kernels {
 namespace {
 
-constexpr int kNumThreads = 1024, kNumWarps = kNumThreads / 32;
+constexpr int kNumThreads = 1024;
 
 // A chunk is one vector for each thread.
 template <typename T>
@@ -98,21 +98,13 @@ __device__ void cast_chunks(const Chunks<T>& chunks, const Vec<T>* held, const u
   }
 }
 
-// The maximum over the thread block, in warp 0.
-__device__ uint32_t block_max(uint32_t value, uint32_t* warp_max) {
-  value = __reduce_max_sync(0xffffffff, value);
-  if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = value;
-  __syncthreads();
-  return threadIdx.x < 32 ? __reduce_max_sync(0xffffffff, warp_max[threadIdx.x]) : 0;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads, 1) quantize_whole_kernel(const __grid_constant__ WholeParams p) {
 #if __CUDA_ARCH__ >= 900
   using S = Sizes<T>;
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ Barrier full[S::kKept];
-  __shared__ uint32_t warp_max[kNumWarps];
+  __shared__ uint32_t warp_max[32];
   const int thread = threadIdx.x;
   const Chunks<T> chunks(p);
 
@@ -150,15 +142,22 @@ __global__ void __launch_bounds__(kNumThreads, 1) quantize_whole_kernel(const __
   }
 #pragma unroll
   for (int i = 0; i < S::kHeld; ++i) acc = held[i].max_abs(acc);
-  acc = block_max(Elements<T>::amax_bits(acc), warp_max);
-  if (thread == 0) p.block_amax[blockIdx.x] = acc;
+  acc = __reduce_max_sync(0xffffffff, Elements<T>::amax_bits(acc));
+  if (thread % 32 == 0) warp_max[thread / 32] = acc;
+  __syncthreads();
+  if (thread < 32) {
+    acc = __reduce_max_sync(0xffffffff, warp_max[thread]);
+    if (thread == 0) p.block_amax[blockIdx.x] = acc;
+  }
 
   // Exchange it.
   cooperative_groups::this_grid().sync();
-  acc = 0;
-  for (int i = thread; i < gridDim.x; i += kNumThreads) acc = max(acc, __ldcg(p.block_amax + i));
-  acc = block_max(acc, warp_max);
-  if (thread == 0) warp_max[0] = acc;
+  if (thread < 32) {
+    acc = 0;
+    for (int i = thread; i < gridDim.x; i += 32) acc = max(acc, __ldcg(p.block_amax + i));
+    acc = __reduce_max_sync(0xffffffff, acc);
+    if (thread == 0) warp_max[0] = acc;
+  }
   __syncthreads();
   const uint32_t stored = stored_scale(float_of(warp_max[0]), p.fp8_type, p.pow2, p.scale_type, p.rule);
   if (blockIdx.x == 0 && thread == 0) store_scale(stored, p.scale, 0, p.scale_type);
