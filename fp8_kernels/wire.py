@@ -14,6 +14,7 @@ from .loading import LayerwiseLoader
 from .loading.copy_counter import BelowModes
 from .loading.feed import Feed, Plain, Rows
 from .loading.plan import listed
+from .loading.reserve import reserve
 from .loading.rules import Rules
 from .loading.staging import Tracked
 from .loading.transfer import Memory, Options, Span, Transfer
@@ -21,6 +22,10 @@ from .names import Destination, Names
 
 WAYS = ("auto", "spans", "mapped")
 _EARLY_BYTES = 16 << 20
+# What arrives before the load is planned lies where the model's later weights will, if there are enough of them.
+_AHEAD_BYTES = 2 << 30
+_SMALL_BYTES = 1 << 20  # tensors up to this, torch's allocator takes from elsewhere
+_SLACK_BYTES = 32 << 20  # for gaps between what lies there for a while
 
 
 def suits(checkpoint: Checkpoint, device: torch.device, way: str) -> bool:
@@ -47,7 +52,7 @@ class SpanLoad:
     """A context manager in which a checkpoint's bytes are on their way.
 
     They are as soon as it is entered. Large tensors that will pass through come first, and go straight to where they
-    stay, so that the wire has work while the load is planned.
+    stay; of the others some have memory that the model will take later. So the wire has work while the load is planned.
 
     Args:
         checkpoint: of safetensors files.
@@ -57,30 +62,40 @@ class SpanLoad:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, rules: Rules):
         self._checkpoint, self._device, self._infos = checkpoint, device, checkpoint.metadata()
-        self._early = {
-            name: None
-            for name, info in self._infos.items()
-            if info.num_bytes >= _EARLY_BYTES and rules.decide(name, info.shape, info.dtype)[0] is None
-        }
-        self._spans = []
+        self._early: dict[str, tuple[torch.Tensor, int] | None] = {}
+        self._made_bytes = 0  # of FP8, if all else becomes that
+        for name, info in self._infos.items():
+            size = info.num_bytes
+            if size >= _EARLY_BYTES and rules.decide(name, info.shape, info.dtype)[0] is None:
+                self._early[name] = None
+            elif size > _SMALL_BYTES:
+                self._made_bytes += size // info.dtype.itemsize
+        self._spans, self._arriving = [], None
         files = [checkpoint.folder / file for file in checkpoint.files]
         self._transfer = Transfer(device, Options.for_files(files))
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> SpanLoad:
-        transfer = self._exits.enter_context(self._transfer)
-        for name in self._early:
-            info = self._infos[name]
-            tensor = torch.empty(info.shape, dtype=info.dtype, device=self._device)
-            path = str(self._checkpoint.folder / info.file)
-            self._early[name] = tensor, transfer.fetch(Span(path, info.offset, info.num_bytes), tensor)
-        self._spans = make_spans(self._checkpoint, without=self._early)
-        self._arriving = transfer.start([span for span, _ in self._spans if span.num_bytes])
+        try:
+            transfer = self._exits.enter_context(self._transfer)
+            for name in self._early:
+                info = self._infos[name]
+                tensor = torch.empty(info.shape, dtype=info.dtype, device=self._device)
+                path = str(self._checkpoint.folder / info.file)
+                self._early[name] = tensor, transfer.fetch(Span(path, info.offset, info.num_bytes), tensor)
+            reserve(self._device, [self._made_bytes + _SLACK_BYTES])
+            self._spans = make_spans(self._checkpoint, without=self._early)
+            ahead = min(self._made_bytes // 8, _AHEAD_BYTES) if self._made_bytes >= 2 * _AHEAD_BYTES else 0
+            self._arriving = transfer.start([span for span, _ in self._spans if span.num_bytes], ahead)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception):
         self._exits.close()
-        self._arriving.close()  # it holds memory, and whoever keeps the exception keeps this
+        if self._arriving is not None:
+            self._arriving.close()  # it holds memory, and whoever keeps the exception keeps this
         self._early = {}
 
     def given(self, loader: LayerwiseLoader, names: Names) -> dict[str, torch.Tensor]:

@@ -42,13 +42,16 @@ def assert_same(a, b):
         assert torch.equal(t.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
 
 
-# Spans that hold a fraction of a weight, several, and all; tables that go straight to where they stay, or do not.
-@pytest.mark.parametrize(("span", "early"), [(5000, 1), (100_000, 50_000), (18 << 20, 16 << 20)])
+# Spans that hold a fraction of a weight, several, and all; tables that go straight to where they stay, or do not; spans
+# that have memory of their own.
+@pytest.mark.parametrize(("span", "early", "ahead"), [(5000, 1, 50_000), (100_000, 50_000, 1), (18 << 20, 16 << 20, 0)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_the_load_of_mapped_tensors(folders, family, scheme, span, early, monkeypatch):
+def test_equal_to_the_load_of_mapped_tensors(folders, family, scheme, span, early, ahead, monkeypatch):
     """Fused experts whose halves lie apart, tied embeddings, weights cut in the middle of a block."""
     monkeypatch.setattr(wire, "_EARLY_BYTES", early)
+    monkeypatch.setattr(wire, "_AHEAD_BYTES", ahead)
+    monkeypatch.setattr(wire, "_SMALL_BYTES", 1000)
     make = wire.make_spans
     monkeypatch.setattr(wire, "make_spans", lambda checkpoint, **options: make(checkpoint, span, **options))
     loaded = [load_model(folders(family), scheme, device="cpu", transfer=way) for way in ("mapped", "spans")]

@@ -151,8 +151,7 @@ class LayerwiseLoader:
             raise ValueError("`scope` must come with `reload`; a first load takes `ignore`")
         self.device = _real_device(device)
         self.plan: Plan = self._first_plan()
-        self._has_plan = False
-        self._given: dict[str, torch.Tensor] = {}
+        self._given: dict[str, torch.Tensor] | None = None  # of a load that is prepared
         self.report = Report()
         self._hooks = Hooks(on_unit, on_module, on_finish, progress)
         self._session: Session | None = None
@@ -163,7 +162,7 @@ class LayerwiseLoader:
             raise RuntimeError("this loader's context is entered already")
         self._snapshot = Snapshot(self.model)
         try:
-            if not self._has_plan:
+            if self._given is None:
                 self.plan, self._reload = self._make_plan()
             schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
             self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
@@ -248,14 +247,15 @@ class LayerwiseLoader:
         finally:
             uninterrupted(snapshot.restore)
 
-    def prepared(self, given: Mapping[str, torch.Tensor] | None = None) -> LayerwiseLoader:
-        """Enter the context next, with the plan that there is: nothing has changed the model since.
+    def prepared(self, given: Mapping[str, torch.Tensor]) -> LayerwiseLoader:
+        """Enter the context next, with the plan that there is: nothing has changed the model since. For a first load
+        that has memory reserved.
 
         Args:
             given: by name, tensors that pass through, on `device`, to become the model's in the place of new ones.
                 Their values still have to arrive.
         """
-        self._has_plan, self._given = self._reload_options is None, dict(given or {})
+        self._given = dict(given)
         return self
 
     def _make_plan(self):
@@ -290,7 +290,7 @@ class LayerwiseLoader:
         """Drop every buffer and every reference into the model; may be called again."""
         if self._session is not None:
             self._session.close()
-        self._snapshot = self._session = self._reload = None
+        self._snapshot = self._session = self._reload = self._given = None
 
 
 def _check_amax(amax, plan):

@@ -77,7 +77,7 @@ class Session:
         self._started = time.perf_counter()
         self._bytes_done = 0
         self._exits, self._mode = contextlib.ExitStack(), None
-        self.given: dict[str, torch.Tensor] = {}
+        self.given: dict[str, torch.Tensor] | None = None  # see `LayerwiseLoader.prepared`
         advance = None if hooks.progress is None else self._advance
         self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, advance)
         self.tracked: list[Tracked] = []
@@ -87,7 +87,7 @@ class Session:
 
     def start(self):
         """From now on, what this thread writes to the plan's tensors is seen."""
-        if self._reload is None:
+        if self._reload is None and self.given is None:
             reserve(self._device, map(self._bytes_to_make, self.plan.entries))
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -138,7 +138,7 @@ class Session:
         if self._staging is not None:
             self._staging.close()
         self.writes = self._staging = self._hooks = self.model = self._mode = None
-        self.tracked, self._at, self._named, self._waiting, self.given = [], {}, {}, {}, {}
+        self.tracked, self._at, self._named, self._waiting, self.given = [], {}, {}, {}, None
 
     def _track(self, entry):
         if entry.scheme is None:
@@ -171,12 +171,12 @@ class Session:
 
     def _bytes_to_make(self, entry):
         """Of the tensor that an entry becomes on the load's device; 0 where it is there already."""
-        makes = entry.on_meta and entry.name not in self.given and self._device_of(entry) == self._device
+        makes = entry.on_meta and self._device_of(entry) == self._device
         return math.prod(entry.shape) * (1 if entry.scheme else entry.dtype.itemsize) if makes else 0
 
     def _make_real(self, entry: Entry):
         first = entry.tensors[0]
-        real = self.given.pop(entry.name, None)
+        real = self.given.pop(entry.name, None) if self.given else None
         if real is None:
             real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=self._device_of(entry))
         if entry.logical != entry.shape or entry.optional:

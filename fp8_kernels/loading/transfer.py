@@ -121,8 +121,13 @@ class Transfer:
             self._closing = threading.Thread(target=self._engine.close)
             self._closing.start()
 
-    def start(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Memory]]:
+    def start(self, spans: Sequence[Span], ahead: int = 0) -> Iterator[tuple[Span, Memory]]:
         """Begin to move spans of files, before anything asks for them.
+
+        Args:
+            spans: in the order in which they will be used.
+            ahead: bytes of the first of them that get memory of their own, so that they are moved however long it takes
+                until they are asked for.
 
         Returns:
             An iterator of each span with its bytes on the device. What is enqueued before the next one is asked for may
@@ -132,29 +137,37 @@ class Transfer:
             CheckpointError: here or on the way: a file cannot be read, or ends too early.
         """
         sizes = [-(-s.num_bytes // _ALIGNMENT) * _ALIGNMENT for s in spans]
-        size = min(max(self._ring_bytes, 2 * max(sizes, default=0)), sum(sizes))
-        ring = torch.empty(size, dtype=torch.uint8, device=self.device)
+        own = []
+        while len(own) < min(len(spans), MAX_GROUPS // 2) and (ahead := ahead - sizes[len(own)]) >= 0:
+            own.append(Memory(self._allocate(sizes[len(own)])))
+        sizes = sizes[len(own) :]
+        ring_bytes = min(max(self._ring_bytes, 2 * max(sizes, default=0)), sum(sizes))
+        ring = Memory(self._allocate(ring_bytes))
         self._follow()
-        first, places = self._num_groups, list(_places(sizes, size))
-        runs, base = [], ring.data_ptr()
-        for group, (span, (place, after)) in enumerate(zip(spans, places, strict=True), first):
-            after = max(first + after if after >= 0 else -1, group - MAX_GROUPS)
-            runs.append(Run(self._open(span.path), span.offset, span.num_bytes, base + place, group, after))
+        first, runs = self._num_groups, []
+        places = [(memory.address, -1) for memory in own]
+        for place, after in _places(sizes, ring_bytes):
+            places.append((ring.address + place, first + len(own) + after if after >= 0 else -1))
+        for group, (span, (to, after)) in enumerate(zip(spans, places, strict=True), first):
+            fd = self._open(span.path)
+            runs.append(Run(fd, span.offset, span.num_bytes, to, group, max(after, group - MAX_GROUPS)))
         self._num_groups += len(spans)
         self._engine.add(runs)
-        return self._receive(spans, [place for place, _ in places], first, ring)
+        return self._receive(spans, [to for to, _ in places], first, own, ring)
 
-    def _receive(self, spans, places, first, ring):
-        memory = Memory(ring)
-        for group, (span, place) in enumerate(zip(spans, places, strict=True), first):
+    def _receive(self, spans, places, first, own, ring):
+        own.reverse()
+        for group, (span, to) in enumerate(zip(spans, places, strict=True), first):
             try:
                 self._engine.wait(group, self._consumer)
             except EngineError as error:
                 at = spans[error.group - first] if error.group >= first else span
                 where = f"{at.path}, bytes {at.offset} to {at.offset + at.num_bytes}" if error.group >= 0 else at.path
                 raise CheckpointError(f"cannot read {where}: {error.what}") from error
-            memory.place = place
+            memory = own.pop() if own else ring
+            memory.place = to - memory.address
             yield span, memory
+            del memory
             self._engine.release(group, self._consumer)
 
     def fetch(self, span: Span, to: torch.Tensor) -> int:
@@ -225,6 +238,9 @@ class Transfer:
     def _done(self):
         return self._counters if self._counters is not None else self._engine.counters()
 
+    def _allocate(self, size):
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
     def _send(self, fd, offset, to):
         group = self._num_groups
         if not to.nbytes:
@@ -255,12 +271,16 @@ class Transfer:
 class Memory:
     """Device memory that holds a span.
 
+    Args:
+        memory: uint8, of one dimension.
+
     Attributes:
-        place: of its first byte in the memory of all spans.
+        address: of its first byte.
+        place: of the span's first byte in it.
     """
 
-    def __init__(self, ring: torch.Tensor):
-        self._typed, self.place = {torch.uint8: ring}, 0
+    def __init__(self, memory: torch.Tensor):
+        self._typed, self.address, self.place = {torch.uint8: memory}, memory.data_ptr(), 0
 
     def view(self, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """The bytes from `start` on as a contiguous tensor; `start` must be a multiple of its elements' size."""

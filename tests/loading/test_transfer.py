@@ -60,7 +60,7 @@ def test_every_byte_arrives_in_order(engine_name, file, threads, chunk, slots, r
     path, data = file
     spans = cut(path, SIZE, 300_000)
     with Transfer("cpu", Options(threads, chunk, slots, direct), ring) as moving:
-        parts = received(moving.start(spans))
+        parts = received(moving.start(spans, ahead=slots * 100_000))
     assert np.array_equal(np.concatenate(parts), data)
     assert moving.num_bytes == SIZE
 
