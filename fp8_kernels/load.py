@@ -104,7 +104,7 @@ def load_checkpoint(
         if kept:
             loader = LayerwiseLoader(model, scheme, ignore=[*ignore, *kept], **options)
         names = Names(model)
-        with loader if spans is None else loader.prepared(spans.given(loader, names)):
+        with loader.prepared(spans and spans.given(loader, names)):
             if spans is not None:
                 spans.into(loader, names, progress)
             else:

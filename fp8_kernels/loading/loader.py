@@ -247,15 +247,15 @@ class LayerwiseLoader:
         finally:
             uninterrupted(snapshot.restore)
 
-    def prepared(self, given: Mapping[str, torch.Tensor]) -> LayerwiseLoader:
-        """Enter the context next, with the plan that there is: nothing has changed the model since. For a first load
-        that has memory reserved.
+    def prepared(self, given: Mapping[str, torch.Tensor] | None) -> LayerwiseLoader:
+        """Enter the context next, for a first load that was prepared: nothing has changed the model since there is a
+        plan, and memory is reserved.
 
         Args:
             given: by name, tensors that pass through, on `device`, to become the model's in the place of new ones.
-                Their values still have to arrive.
+                Their values still have to arrive. None for a load that was not prepared.
         """
-        self._given = dict(given)
+        self._given = None if given is None else dict(given)
         return self
 
     def _make_plan(self):
