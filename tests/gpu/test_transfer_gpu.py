@@ -128,6 +128,22 @@ def test_equal_to_quantizing_each_weight(scheme, early, tmp_path, monkeypatch):
     assert "slots" in report.transfer and report.transfer_bytes == report.bytes_in
 
 
+@pytest.mark.parametrize("scheme", ["per_channel", "per_block", "per_tensor"])
+def test_memory_above_the_model_is_the_ring(scheme, tmp_path, monkeypatch):
+    """Also where spans come ahead, in memory that later weights take: what the allocator saw, and held, at most."""
+    monkeypatch.setattr(wire, "_AHEAD_BYTES", 100 * MB)
+    sizes = {f"fc{i}": (2048, 2816) for i in range(60)}
+    shard = values(2048, 2816)
+    save_file({f"{name}.weight": shard.clone() for name in sizes}, tmp_path / "model.safetensors")
+    fk.quantize(shard.cuda(), scheme)  # load kernels beforehand
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    report = fk.load_checkpoint(Model(**sizes), tmp_path, scheme, device="cuda", runnable=False)
+    assert report.peak_allocated - report.resident <= 64 * MB
+    assert report.peak_reserved - report.resident <= 256 * MB + before
+
+
 def test_memory_that_cannot_be_locked_is_slower_and_right(engine_name, file):
     """And the report says so."""
     path, data = file
