@@ -117,6 +117,7 @@ class QuantizedWeights:
 
     Attributes:
         report: what was done so far. `peak_staging_bytes` are those of the weights that were held at once.
+        name: of the tensor that was given last.
     """
 
     def __init__(self, weights, rules, fmt, dtype, device, names, amax, partial, progress):
@@ -128,13 +129,15 @@ class QuantizedWeights:
         self._finite: dict[str, torch.Tensor] = {}  # of the latest weights; looked at together: a look waits
         self._bad: list[str] = []
         self.report = Report(scheme=scheme_name(rules.scheme), device=str(self._device or "each weight's"))
+        self.name: str | None = None
         self._iterator = self._iterate()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        return next(self._iterator)
+        self.name, tensor = next(self._iterator)
+        return self.name, tensor
 
     def _iterate(self):
         started = time.perf_counter()

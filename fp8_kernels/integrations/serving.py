@@ -11,9 +11,32 @@ import functools
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..checkpoint import quantize_weights
+from ..checkpoint import QuantizedWeights, quantize_weights
+from ..errors import LoadError
 from ..loading.report import Report
+from ..ops import FP8_DTYPES
+from ..schemes import dtype_name
+
+
+class CodesStayCodes(TorchDispatchMode):
+    """While an engine takes weights of this stream: codes that it would cast, and so use without their scales, are an
+    error. It sees what this thread copies.
+    """
+
+    def __init__(self, stream: QuantizedWeights):
+        super().__init__()
+        self._stream = stream
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and args[1].dtype in FP8_DTYPES and args[0].dtype not in FP8_DTYPES:
+            raise LoadError(
+                f"`{self._stream.name}` must stay {dtype_name(args[0].dtype)}, as the engine has it, but became FP8: "
+                "leave it out of `include`, or give it to `ignore`"
+            )
+        return func(*args, **(kwargs or {}))
+
 
 _COMPUTED = ("k_scale", "v_scale")  # parameters while a model loads, which high-precision checkpoints do not hold
 
@@ -30,6 +53,7 @@ class Serving:
 
     Attributes:
         device: of the model.
+        stream: of the first load.
         ready: whether it serves.
         report: of the last update.
     """
@@ -37,6 +61,7 @@ class Serving:
     def __init__(self, model, options, check):
         self.model, self.options, self.ready, self._check = model, options, False, check
         self.device, self.report = next(model.parameters()).device, Report()
+        self.stream: QuantizedWeights | None = None
         self._replaced: list[tuple[torch.nn.Module, str, _Loaded]] = []
         self._moved: list[str] = []
 
@@ -71,7 +96,8 @@ class Serving:
         names = []
         noted = ((names.append(name), (name, tensor))[1] for name, tensor in weights)
         stream = quantize_weights(noted, **self.options, partial=True, device=self.device)
-        result = self.call_as_loaded(load, stream, *args, **kwargs)
+        with CodesStayCodes(stream):
+            result = self.call_as_loaded(load, stream, *args, **kwargs)
         self.report = stream.report
         self._check(self.model, names)
         return result

@@ -14,6 +14,7 @@ checkpoint's precision too, and go into the memory that the model has.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -25,7 +26,7 @@ import torch
 from ..checkpoint import open_checkpoint, quantization_config, quantize_weights
 from ..checkpoint.formats import as_format, family_of
 from ..schemes import PerBlock, as_scheme, dtype_name
-from .serving import Serving
+from .serving import CodesStayCodes, Serving
 
 NAME = "fp8_kernels"
 OPTIONS = ("scheme", "ignore", "include", "schemes", "format")
@@ -79,6 +80,7 @@ def _hooks():
             "model_config load_config packed_modules_mapping remap_prefix",
         ),
         f"{loader}.DefaultModelLoader._get_all_weights": (_weights, "self model_config model"),
+        f"{loader}.DefaultModelLoader.load_weights_only": (_load_only, "model weights target_device"),
         f"{loader}.DefaultModelLoader.postprocess_weights": (_postprocess, "model target_device"),
     }
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater"
@@ -166,7 +168,15 @@ def _weights(original, self, model_config, model):
     options = options_of(self.load_config.model_loader_extra_config, checkpoint.metadata())
     serving = Serving(model, options, _check_joined)
     setattr(model, _MARK, serving)
-    return _logged(quantize_weights(weights, **options, names=checkpoint.metadata(), device=serving.device))
+    serving.stream = quantize_weights(weights, **options, names=checkpoint.metadata(), device=serving.device)
+    return _logged(serving.stream)
+
+
+def _load_only(original, model, weights, target_device):
+    """No codes where the model has no place for their scales."""
+    serving = getattr(model, _MARK, None)
+    with contextlib.nullcontext() if serving is None or serving.ready else CodesStayCodes(serving.stream):
+        return original(model, weights, target_device)
 
 
 def _postprocess(original, model, target_device):

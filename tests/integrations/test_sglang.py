@@ -226,6 +226,8 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
         engine.load(folder, "fp8_kernels", scheme="mxfp8")
     with pytest.raises(RuntimeError, match=r"qkv_proj\.weight_scale_inv.*LlamaForCausalLM took no scale"):
         engine.load(folder, "fp8_kernels", scheme="per_block", format="fp8")
+    with pytest.raises(fk.LoadError, match=r"`lm_head\.weight` must stay bfloat16, as the engine has it"):
+        engine.load(folder, "fp8_kernels", include=["lm_head"])
     with pytest.raises(RuntimeError, match=r"experts\.w2_weight_scale.*Qwen3MoeForCausalLM took no scale"):
         monkeypatch.setattr(loader.DefaultModelLoader, "load_weights_only", staticmethod(forget_scales_of_experts))
         engine.load(qwen3_moe(tmp_path / "moe"), "fp8_kernels")
