@@ -1,6 +1,6 @@
 """How fast does a checkpoint become an FP8 model, beside the wire it crosses and beside other loaders?
 
-    python -m bench.load [--models qwen llama] [--layers N] [--parts warm peers ...] [--folder DIR] [--save]
+    python -m bench.load [--models qwen llama] [--layers N] [--parts warm peers ...] [--budget SECONDS] [--save]
 
 Writes checkpoints of real shapes with random weights, then, each part by itself:
 
@@ -38,13 +38,14 @@ from bench import checkpoints, engine, load_peers, timeline
 from bench.checkpoints import GIB
 from bench.files import HostMemory, drop_from_page_cache, make_durable, read_all, weight_files
 from bench.load_tables import bars, table
-from bench.measure import machine
+from bench.measure import Budget, machine
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMES = ("per_channel", "per_block", "per_tensor")
 PARTS = ("warm", "peers", "cold", "engine", "small", "quantize", "timeline")
 CHECKED = 6  # weights of a load that are compared with what their checkpoint holds
 WIRE_BYTES = 512 << 20
+DISK_LAYERS = 6  # of the model that is loaded cold, and converted: a disk's own speed needs no more
 
 
 class Bench:
@@ -155,6 +156,9 @@ class Bench:
         return row
 
     def warm(self, model, folder):
+        """Every scheme, and what plain reads get from the page cache."""
+        seconds = min(read_all(weight_files(folder), self.threads) for _ in range(2))
+        self.result["reads"].append({"model": model.name, "cache": "warm", "gb_per_s": model.num_bytes / seconds / 1e9})
         for scheme in SCHEMES:
             rows = [self.ours(model, folder, scheme, "warm", checked=i == 0) for i in range(self.repeats)]
             self.result["loads"].append(_median(rows))
@@ -189,11 +193,6 @@ class Bench:
             rows.append(self.ours(model, folder, "per_channel", "cold"))
         self.result["loads"].append(_median(rows))
 
-    def reads(self, model, folder):
-        """What plain reads get from the page cache."""
-        seconds = min(read_all(weight_files(folder), self.threads) for _ in range(2))
-        self.result["reads"].append({"model": model.name, "cache": "warm", "gb_per_s": model.num_bytes / seconds / 1e9})
-
     def engine(self, model, folder, schemes=("per_channel", "per_tensor")):
         """An engine's loop, unchanged, inside the loader and into plain parameters."""
         rows: dict = {}
@@ -216,12 +215,11 @@ class Bench:
                 engine.load_model(built, folder)
         return built
 
-    def small(self):
-        for make in (checkpoints.small_experts, checkpoints.small_weights):
-            model = make(self.max_small)
-            folder = self.write(model)
-            self.engine(model, folder, ("per_channel",))
-            shutil.rmtree(folder)
+    def small(self, make):
+        model = make(self.max_small)
+        folder = self.write(model)
+        self.engine(model, folder, ("per_channel",))
+        shutil.rmtree(folder)
 
     def quantize(self, model, folder):
         """Disk to disk, beside writing as many bytes as plainly as can be."""
@@ -322,50 +320,71 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-small", type=int, default=30_000, help="of the small tensors")
     parser.add_argument("--repeats", type=int, default=3, help="of each load of ours; of loops two at most")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 14), help="of plain reads")
+    parser.add_argument(
+        "--budget", type=float, help="seconds after which nothing more is begun; what matters least is last"
+    )
     parser.add_argument("--folder", help="for the checkpoints; by default one for temporary files")
     parser.add_argument("--save", metavar="FOLDER", nargs="?", const=str(RESULTS), help="write the JSON there")
     return parser
 
 
+def steps(bench: Bench, models: list[checkpoints.Model], disk: checkpoints.Model, parts: list[str], budget: Budget):
+    """(what, function) of everything to be done, what matters most first; a model's files are there meanwhile."""
+    for model in models:
+        written = [part for part in ("warm", "peers") if part in parts]
+        if model is models[0]:
+            written += [part for part in ("engine", "timeline") if part in parts]
+        if bench.device.type != "cuda" and "timeline" in written:
+            written.remove("timeline")
+        yield from _of_model(bench, model, written, budget)
+        if model is models[0]:
+            if "small" in parts:
+                yield "small tensors of experts", functools.partial(bench.small, checkpoints.small_experts)
+            yield from _of_model(bench, disk, [part for part in ("cold", "quantize") if part in parts], budget)
+    if "small" in parts:
+        yield "small weights", functools.partial(bench.small, checkpoints.small_weights)
+
+
+def _of_model(bench, model, parts, budget):
+    parts = [part for part in parts if budget.allows(f"{model.name}: {part}")]  # before its files are written
+    folder = None
+    for part in parts:
+        if folder is None:
+            folder = bench.write(model)
+        yield f"{model.name}: {part}", functools.partial(getattr(bench, part), model, folder)
+    if folder is not None:
+        shutil.rmtree(folder)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    device = torch.device(args.device)
-    options = {"scale_down": args.scale_down} | ({"layers": args.layers} if args.layers else {})
+    device, budget = torch.device(args.device), Budget(args.budget)
+    options = {"scale_down": args.scale_down}
+    disk = checkpoints.MODELS[args.models[-1]](min(args.layers or DISK_LAYERS, DISK_LAYERS), **options)
+    disk.name += f", {disk.config['num_hidden_layers']} layers"
+    options |= {"layers": args.layers} if args.layers else {}
     models = [checkpoints.MODELS[name](**options) for name in args.models]
-    room = 2 * max(model.num_bytes for model in models)  # one at a time, and what is made of it
-    parent, note = checkpoints.place_for(room, args.folder)
+    parent, note = checkpoints.place_for(int(1.5 * max(model.num_bytes for model in models)), args.folder)
     bench = Bench(device, parent, args.threads, args.repeats, args.max_small)
     if note:
         bench._note(note)
     bench.result |= {"machine": _machine(device), "layers": args.layers, "scale_down": args.scale_down}
+    path = args.save and Path(args.save) / f"load_{bench.result['machine']['name'].lower().replace(' ', '-')}.json"
     try:
         bench.wire()
         bench.warm_up()
-        for model in models:
-            folder = bench.write(model)
-            is_qwen = model.name.startswith("qwen")
-            if "warm" in args.parts:
-                bench.reads(model, folder)
-            for part in ("warm", "peers"):
-                if part in args.parts:
-                    getattr(bench, part)(model, folder)
-            if "engine" in args.parts and (is_qwen or len(models) == 1):
-                bench.engine(model, folder)
-            if "timeline" in args.parts and device.type == "cuda" and (is_qwen or len(models) == 1):
-                bench.timeline(model, folder)
-            for part in ("cold", "quantize"):  # a disk's own speed: the smaller model is enough
-                if part in args.parts and model is min(models, key=lambda m: m.num_bytes):
-                    getattr(bench, part)(model, folder)
-            shutil.rmtree(folder)
-        if "small" in args.parts:
-            bench.small()
+        for what, step in steps(bench, models, disk, args.parts, budget):
+            if budget.allows(what):
+                step()
+                if path:  # also where the run is ended from outside
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(bench.result, indent=1) + "\n")
     finally:
-        shutil.rmtree(parent)
+        shutil.rmtree(parent, ignore_errors=True)
     print("", table(bench.result), "", *bars(bench.result), sep="\n")
-    if args.save:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        path = Path(args.save) / f"load_{bench.result['machine']['name'].lower().replace(' ', '-')}.json"
-        path.write_text(json.dumps(bench.result, indent=1) + "\n")
+    if budget.left_out:
+        print(f"left out, {args.budget:g} s were over: {', '.join(budget.left_out)}")
+    if path:
         print(f"written to {path}")
     return 0
 

@@ -95,9 +95,17 @@ def test_it_runs_where_there_is_no_gpu(tmp_path, capsys):
         *["bf16", "per_channel"] * 2,
     ]
     assert "absent" in next(row for row in result["loads"] if row["system"] == "transformers FineGrainedFP8")
-    assert result["quantize"][0]["bytes_out"] > 0
+    assert result["quantize"][0]["bytes_out"] > 0 and result["quantize"][0]["model"] == "llama-3.1-8b, 1 layers"
     assert "| qwen1.5-moe-a2.7b | fp8_kernels | per_channel | warm |" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["load_cpu.json"]
+
+
+def test_a_budget_leaves_out_what_comes_last(tmp_path, capsys):
+    """With no time at all nothing is measured, all of it is named, and nothing stays on the disk."""
+    assert load.main([*SMALL, "--folder", str(tmp_path), "--budget", "0"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("left out, 0 s were over: qwen") and last.endswith("small weights")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_timeline_is_drawn(tmp_path):
