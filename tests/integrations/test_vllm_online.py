@@ -1,6 +1,8 @@
 """load_format="fp8_kernels" with vLLM's own schemes: its layers hold the bytes that its own loading gives them."""
 
 import contextlib
+import importlib
+import re
 
 import pytest
 import torch
@@ -229,13 +231,34 @@ def test_options_of_the_other_kind_are_refused(tmp_path):
         load_model(engine_config(source, **options))
 
 
-@pytest.mark.parametrize("path", [p for p in compat._READ if p.endswith("process_weights_after_loading")])
-def test_a_changed_method_is_not_replaced(config, monkeypatch, path):
-    """Whatever differs from what we have read: the error names it, and its own loading goes on working."""
-    theirs = getattr(vllm_fp8, path.partition(":")[2].partition(".")[0])
-    monkeypatch.setattr(theirs, "process_weights_after_loading", lambda self, layer: print("something new"))
-    with current(config), pytest.raises(compat.UnsupportedVllmError, match=f"`{theirs.__name__}.*is another one"):
-        WriteThroughConfig(resolve_quantization_config("fp8_per_tensor", None))
+@pytest.mark.parametrize("path", compat._READ)
+def test_what_has_changed_is_named(monkeypatch, path):
+    """Every function that we stand in for, or rely on."""
+    module, _, name = path.partition(":")
+    owner, _, leaf = name.rpartition(".")
+    owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+    monkeypatch.setattr(owner, leaf, lambda *args: "something new")
+    with pytest.raises(compat.UnsupportedVllmError, match=rf"`{re.escape(name)}` is another one"):
+        compat.check_online()
+    monkeypatch.delattr(owner, leaf)
+    with pytest.raises(compat.UnsupportedVllmError, match=rf"`{re.escape(name)}` is (not there|another one)"):
+        compat.check_online()
+
+
+def test_a_changed_method_is_not_replaced(tmp_path, monkeypatch):
+    """The load is refused, and vLLM's own goes on working."""
+    monkeypatch.setattr(vllm_fp8, "_is_tp_sharded", lambda layer, reduces_output_dim=True: False)
+    source = make_model(tmp_path / "llama")
+    with pytest.raises(compat.UnsupportedVllmError, match="_is_tp_sharded"):
+        load_model(engine_config(source, quantization="fp8_per_channel", load_format=NAME))
+    load_model(engine_config(source, quantization="fp8_per_channel"), processed=False)
+
+
+def test_a_model_without_such_layers_is_refused():
+    """It would be loaded as if nothing had been asked."""
+    with pytest.raises(ValueError, match="must have layers of vLLM's FP8 schemes"):
+        with write_through(torch.nn.Linear(2, 2)):
+            pass
 
 
 def test_stand_ins_have_the_names_of_what_they_stand_for():

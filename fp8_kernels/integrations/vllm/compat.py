@@ -19,6 +19,8 @@ _COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compre
 _PLUGIN = {
     "vllm.model_executor.layers.quantization:register_quantization_config": ("quantization",),
     "vllm.model_executor.layers.quantization:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG": None,
+    "vllm.model_executor.layers.quantization.online.base:OnlineQuantizationConfig": None,
+    "vllm.config:get_current_vllm_config_or_none": (),
     f"{_COMPRESSED}:CompressedTensorsConfig.from_config": ("config",),
     "vllm.model_executor.model_loader:register_model_loader": ("load_format",),
     "vllm.model_executor.model_loader:_LOAD_FORMAT_TO_MODEL_LOADER": None,

@@ -67,6 +67,7 @@ class Fp8KernelsLoader(DefaultModelLoader):
                 vllm_config.additional_config = {**vllm_config.additional_config, NAME: repr(self.options)}
         elif type(config) is OnlineQuantizationConfig:
             self.options.check_fits(method, ours)
+            compat.check_online()
             from .online import WriteThroughConfig
 
             vllm_config.quant_config = WriteThroughConfig(config.args)

@@ -4,6 +4,8 @@ vLLM's methods keep every source tensor of a layer until it has counted as many 
 weight loader again on real memory, and then quantize the layer, experts one by one in a Python loop. Ours stand in for
 them under the same names: the weights stay on the meta device, a `LayerwiseLoader` sees what vLLM's loaders write to
 them, each expert or row is quantized when it is there, and the result is laid out as vLLM does it. The bits are vLLM's.
+
+To be imported after `compat.check_online`.
 """
 
 from __future__ import annotations
@@ -27,22 +29,13 @@ from vllm.platforms import current_platform
 from ... import ops
 from ...loading import LayerwiseLoader
 from ...schemes import PerBlock, PerChannel, PerTensor, Scheme
-from . import compat
 from .options import Options
 
 _DONE = "_already_called_process_weights_after_loading"  # vLLM's mark on a layer
 
 
 class WriteThroughConfig(OnlineQuantizationConfig):
-    """vLLM's config of its online schemes, with our methods in the place of its FP8 ones.
-
-    Raises:
-        UnsupportedVllmError: the installed vLLM's methods are not those that ours stand in for.
-    """
-
-    def __init__(self, args):
-        compat.check_online()
-        super().__init__(args)
+    """vLLM's config of its online schemes, with our methods in the place of its FP8 ones."""
 
     def _get_method_cls(self, spec, table, layer_cls):
         method = super()._get_method_cls(spec, table, layer_cls)
@@ -95,7 +88,6 @@ class _StandIn:
 
 class _Linear(_StandIn):
     weights = ("weight",)
-    scale_leaf = "weight_scale"
 
     def place(self, layer, q, scale):
         layer.input_scale = None
