@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -39,15 +41,22 @@ def digests(model):
 """
 
 
-def generate(folder, tmp_path, prompts, tokens, **engine):
-    """What `LLM(folder, **engine)` generates, and a digest of each tensor that its worker holds."""
-    script = tmp_path / "generate.py"
+@pytest.fixture
+def folder():
+    """Not `tmp_path`: pytest keeps that for the latest few runs only, and these tests take minutes."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def generate(model, folder, prompts, tokens, **engine):
+    """What `LLM(model, **engine)` generates, and a digest of each tensor that its worker holds."""
+    script = folder / "generate.py"
     script.write_text(SCRIPT)
-    (tmp_path / "digests.py").write_text(DIGESTS)
-    given = {"engine": {"model": str(folder), **engine}, "prompts": prompts, "tokens": tokens}
+    (folder / "digests.py").write_text(DIGESTS)
+    given = {"engine": {"model": str(model), **engine}, "prompts": prompts, "tokens": tokens}
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     done = subprocess.run(
-        [sys.executable, script, json.dumps(given)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, script, json.dumps(given)], capture_output=True, text=True, env=environment, cwd=folder
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, done.stdout[-4000:] + done.stderr[-4000:]
@@ -64,24 +73,24 @@ PROMPTS = [{"prompt_token_ids": [5, 17, 300, 44]}, {"prompt_token_ids": [9, 8, 7
         ({"quantization": "fp8_per_channel"}, {"quantization": "fp8_per_channel", "load_format": "fp8_kernels"}),
     ],
 )
-def test_tiny_model_generates_the_same_tokens(tmp_path, theirs, ours):
+def test_tiny_model_generates_the_same_tokens(folder, theirs, ours):
     """As the quantized folder (None), and as vLLM's own loading of its own scheme."""
-    source = make_model(tmp_path / "bf16")
+    source = make_model(folder / "bf16")
     if theirs is None:
-        fk.quantize_checkpoint(source, tmp_path / "fp8")
-        theirs = {"model": str(tmp_path / "fp8")}
+        fk.quantize_checkpoint(source, folder / "fp8")
+        theirs = {"model": str(folder / "fp8")}
     common = {"skip_tokenizer_init": True}
-    expected = generate(source, tmp_path, PROMPTS, 8, **common, **theirs)
-    got = generate(source, tmp_path, PROMPTS, 8, **common, **ours)
+    expected = generate(source, folder, PROMPTS, 8, **common, **theirs)
+    got = generate(source, folder, PROMPTS, 8, **common, **ours)
     assert got == expected and [len(tokens) for tokens in got["tokens"]] == [8, 8]
 
 
-def test_smollm2_generates_the_tokens_of_its_quantized_folder(tmp_path):
+def test_smollm2_generates_the_tokens_of_its_quantized_folder(folder):
     """SmolLM2-135M, all 30 layers; a few tokens, since each takes vLLM's CPU kernel many seconds."""
     source = models.smollm2()
-    fk.quantize_checkpoint(source, tmp_path / "fp8")
+    fk.quantize_checkpoint(source, folder / "fp8")
     prompts = ["The capital of France is"]
-    expected = generate(tmp_path / "fp8", tmp_path, prompts, 3)
-    got = generate(source, tmp_path, prompts, 3, quantization="fp8_kernels")
+    expected = generate(folder / "fp8", folder, prompts, 3)
+    got = generate(source, folder, prompts, 3, quantization="fp8_kernels")
     assert got == expected and len(got["weights"]) > 300
     assert got["tokens"][0][0] == 7042  # " Paris"

@@ -3,9 +3,11 @@
 import contextlib
 import importlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .vllm_env import (  # isort: skip
     blocks_as_on_a_gpu,
@@ -101,11 +103,11 @@ def loaded(config, scheme, ours, checkpoint=None, inner=INNER, has_bias=False, o
         quant_config = (WriteThroughConfig if ours else OnlineQuantizationConfig)(arguments)
         model = build(quant_config, f"m{torch.randint(1 << 60, ()).item()}", inner, has_bias)
         layerwise.record_metadata_for_reloading(model)
-        with write_through(model, options) if ours else contextlib.nullcontext() as loader:
+        with write_through(model, options) if ours else contextlib.nullcontext() as report:
             load(model, shards(inner, has_bias=has_bias) if checkpoint is None else checkpoint)
         layerwise.finalize_layerwise_processing(model, config.model_config)
         process(model)
-    return model, loader
+    return model, report
 
 
 def process(model):
@@ -126,10 +128,10 @@ def assert_same_layers(ours, theirs):
 def test_layers_are_those_of_vllm(config, no_kernels, scheme):
     """Codes, scales, biases, layouts, classes: linear layers and experts, loaded once and seen as they are written."""
     theirs, _ = loaded(config, scheme, ours=False)
-    ours, loader = loaded(config, scheme, ours=True)
+    ours, report = loaded(config, scheme, ours=True)
     assert_same_layers(ours, theirs)
-    assert loader.report.quantized_tensors == 5
-    assert loader.report.quantized_units == 3 + 2 * EXPERTS
+    assert report.quantized_tensors == 5
+    assert report.quantized_units == 3 + 2 * EXPERTS
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -194,15 +196,30 @@ def test_a_missing_shard_is_named(config, no_kernels):
 def test_a_bias_may_be_absent(config, no_kernels):
     """vLLM does not ask for what a checkpoint lacks."""
     checkpoint = [s for s in shards() if s[0] != "qkv.bias"]
-    _, loader = loaded(config, "fp8_per_channel", ours=True, checkpoint=checkpoint)
-    assert loader.report.defaulted == ["qkv.bias"]
+    _, report = loaded(config, "fp8_per_channel", ours=True, checkpoint=checkpoint)
+    assert report.defaulted == ["qkv.bias"]
 
 
 def test_staging_is_an_expert_not_a_layer(config, no_kernels):
     """Under per_tensor an expert's two halves wait for each other, and nothing else does."""
-    _, loader = loaded(config, "fp8_per_tensor", ours=True)
+    _, report = loaded(config, "fp8_per_tensor", ours=True)
     expert = 2 * INNER * HIDDEN * 2
-    assert loader.report.peak_staging_bytes <= 3 * expert < EXPERTS * expert
+    assert report.peak_staging_bytes <= 3 * expert < EXPERTS * expert
+
+
+def test_kernels_layouts_are_made_one_after_the_other(config, no_kernels, monkeypatch):
+    """A kernel that wants a copy of the codes: those of one layer are gone before the next one's are copied."""
+    codes = []
+
+    def process(layer):
+        assert all(memory.expired() for memory in codes)
+        codes.append(StorageWeakRef(layer.weight.untyped_storage()))
+        layer.weight.data = layer.weight.data.clone()
+
+    kernel = SimpleNamespace(process_weights_after_loading=process)
+    monkeypatch.setattr(vllm_fp8, "init_fp8_linear_kernel", lambda **settings: kernel)
+    loaded(config, "fp8_per_channel", ours=True)
+    assert len(codes) == 3
 
 
 @needs_kernels
@@ -218,8 +235,8 @@ def test_whole_models_with_real_kernels(tmp_path, monkeypatch, kind, scheme):
 
 def test_options_reach_the_loader(config, no_kernels):
     """`staging_budget`, through `model_loader_extra_config`."""
-    _, loader = loaded(config, "fp8_per_tensor", ours=True, options=Options(staging_budget=0))
-    assert loader.report.spills > 0
+    _, report = loaded(config, "fp8_per_tensor", ours=True, options=Options(staging_budget=0))
+    assert report.spills > 0
 
 
 def test_options_of_the_other_kind_are_refused(tmp_path):

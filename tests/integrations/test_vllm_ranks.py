@@ -50,10 +50,10 @@ def check_same_as_vllm(config, scheme, rank):
 
 def check_own_scales(config):
     """`shared_scales=False`: the largest code of every weight and expert is of this rank, and nothing waits."""
-    ours, loader = loaded(config, "fp8_per_tensor", ours=True, options=Options(shared_scales=False))
+    ours, report = loaded(config, "fp8_per_tensor", ours=True, options=Options(shared_scales=False))
     for weight in (ours.down.weight, ours.qkv.weight, *ours.moe.routed_experts.w13_weight):
         assert weight.float().abs().max() == 448
-    assert loader.report.peak_staging_bytes < EXPERTS * INNER * HIDDEN * 2
+    assert report.peak_staging_bytes < EXPERTS * INNER * HIDDEN * 2
 
 
 @pytest.mark.slow

@@ -85,9 +85,8 @@ class Fp8KernelsLoader(DefaultModelLoader):
         else:
             from .online import write_through
 
-            with write_through(model, self.options) as loader:
+            with write_through(model, self.options) as self.report:
                 super().load_weights(model, model_config)
-            self.report = loader.report
         if self.report is not None:
             compat.logger().info("%.2f s, FP8 by fp8_kernels:\n%s", time.perf_counter() - started, self.report)
 

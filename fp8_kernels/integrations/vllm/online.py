@@ -27,7 +27,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from ... import ops
-from ...loading import LayerwiseLoader
+from ...loading import LayerwiseLoader, Report
 from ...schemes import PerBlock, PerChannel, PerTensor, Scheme
 from .options import Options
 
@@ -212,10 +212,10 @@ STAND_INS = {
 
 
 @contextlib.contextmanager
-def write_through(model: torch.nn.Module, options: Options | None = None) -> Iterator[LayerwiseLoader]:
+def write_through(model: torch.nn.Module, options: Options | None = None) -> Iterator[Report]:
     """Inside, what vLLM's loaders write to the layers of our methods becomes FP8 as it arrives.
 
-    Other layers are vLLM's alone: they are neither seen nor checked.
+    Other layers are vLLM's alone: they are neither seen nor checked. Gives the report, complete when it is left.
 
     Args:
         model: built by vLLM with a `WriteThroughConfig`.
@@ -233,9 +233,6 @@ def write_through(model: torch.nn.Module, options: Options | None = None) -> Ite
         _Layers(layers),
         device=next((p.device for p in model.parameters() if not p.is_meta), None),
         dtype=current_platform.fp8_dtype(),
-        # At the end, and not when a layer is complete: until then vLLM's loaders must find weights as they know them,
-        # for a shard that comes twice too.
-        on_finish=lambda model: [layer.quant_method.take(layer) for layer in layers.values()],
         staging_budget=options.staging_budget,
         **_what_becomes_fp8(layers),
         scale_group=_groups(layers) if options.shared_scales else None,
@@ -244,7 +241,13 @@ def write_through(model: torch.nn.Module, options: Options | None = None) -> Ite
         for layer in layers.values():
             if isinstance(layer.quant_method, _Moe):
                 layer.quant_method.write_padding(layer)
-        yield loader
+        yield loader.report
+    # At the end, and not when a layer is complete: until then vLLM's loaders must find weights as they know them, for a
+    # shard that comes twice too. Nothing else holds the codes then: where a kernel wants them in another layout, they
+    # are there twice for one layer at a time.
+    del loader
+    for layer in layers.values():
+        layer.quant_method.take(layer)
 
 
 class _Layers(torch.nn.Module):
