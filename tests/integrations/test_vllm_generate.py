@@ -56,7 +56,12 @@ def generate(model, folder, prompts, tokens, **engine):
     given = {"engine": {"model": str(model), **engine}, "prompts": prompts, "tokens": tokens}
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     done = subprocess.run(
-        [sys.executable, script, json.dumps(given)], capture_output=True, text=True, env=environment, cwd=folder
+        [sys.executable, script, json.dumps(given)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        timeout=1800,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, done.stdout[-4000:] + done.stderr[-4000:]
