@@ -75,7 +75,8 @@ def quantize_weights(
         UnsupportedLayoutError, CheckpointError: on the way, for a weight that the format cannot hold, that is neither
             in high precision nor FP8 with scales, or that becomes something else than those it is fused with.
         NonFiniteWeightError: at the end; lists every weight that held NaN or Inf.
-        UnmatchedPatternError: at the end; a pattern matched nothing, and the weights are not `partial`.
+        UnmatchedPatternError: at the end; a pattern matched nothing, neither of what came nor of `names`, and the
+            weights are not `partial`.
     """
     rules = Rules(scheme, tuple(ignore), tuple(include), dict(schemes or {}))
     known = None if names is None else frozenset(names)
@@ -130,6 +131,8 @@ class QuantizedWeights:
         self._bad: list[str] = []
         self.report = Report(scheme=scheme_name(rules.scheme), device=str(self._device or "each weight's"))
         self.name: str | None = None
+        for name in names or ():  # patterns are of the whole checkpoint, of which a rank may read a part
+            rules.decide(name, (), torch.float32)
         self._iterator = self._iterate()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -182,6 +182,8 @@ def test_what_is_wrong_is_named():
         list(fk.quantize_weights([good, ("y.o_proj.weight", bad)]))
     with pytest.raises(fk.UnmatchedPatternError, match="nowhere"):
         list(fk.quantize_weights([good], ignore=["nowhere"]))
+    # A rank that reads a part of a checkpoint knows the names of all of it.
+    list(fk.quantize_weights([good], ignore=["elsewhere.*"], names=[good[0], "elsewhere.o_proj.weight"]))
     with pytest.raises(fk.UnsupportedLayoutError, match=r"x\.o_proj\.weight.*128"):
         list(fk.quantize_weights([good], "per_block", "fp8"))
     with pytest.raises(fk.CheckpointError, match=r"z\.o_proj\.weight.*float8_e4m3fn"):
