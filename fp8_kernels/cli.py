@@ -86,7 +86,7 @@ def load(args) -> int:
         raise ValueError("`--compare` must come with `--generate PROMPT`")
     activation = None if args.activation == "none" else args.activation
     model, report = load_model(
-        args.model, device=args.device, activation=activation, progress=ByteProgress("load"), **_selection(args)
+        args.model, device=args.device, activation=activation, progress=ByteProgress("load"), **_selection(args, None)
     )
     results, lines = {"report": report.as_dict()}, [str(report)]
     if args.generate:
@@ -160,10 +160,11 @@ def _generate(model, args):
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def _selection(args):
+def _selection(args, default="per_channel"):
     """The arguments that say which weights become FP8 and how."""
+    scheme = args.scheme or default
     return {
-        "scheme": as_scheme(args.scheme),
+        "scheme": None if scheme is None else as_scheme(scheme),
         "ignore": args.ignore,
         "include": args.include,
         "schemes": {pattern: as_scheme(name) for pattern, name in (_pair(s) for s in args.scheme_for)},
@@ -206,8 +207,8 @@ def _parser():
         return sub
 
     def selection(sub):
-        sub.add_argument("--scheme", default="per_channel", choices=sorted(SCHEMES), metavar="SCHEME",
-                         help=f"what one scale covers: {', '.join(SCHEMES)} (default: %(default)s)")  # fmt: skip
+        sub.add_argument("--scheme", choices=sorted(SCHEMES), metavar="SCHEME",
+                         help=f"what one scale covers: {', '.join(SCHEMES)} (default: per_channel)")  # fmt: skip
         sub.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                          help="keep in high precision: a name, a glob or re:REGEX; may be repeated")  # fmt: skip
         sub.add_argument("--include", action="append", default=[], metavar="PATTERN",

@@ -17,27 +17,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .buffers import compute_buffers, keep_precision
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.amax import read_amax
-from .checkpoint.formats import FORMATS, module_of
-from .errors import CheckpointError, LoadError, UnsupportedLayoutError
+from .errors import CheckpointError, LoadError
 from .loading import LayerwiseLoader
-from .loading.plan import listed
+from .loading.plan import Plan, listed, make_plan
 from .loading.report import Report
 from .loading.rules import Rules
-from .modules import Fp8Experts, Fp8Linear, can_run, make_runnable
-from .names import Names
+from .modules import can_run, make_runnable
+from .names import Names, turned_experts
 from .ops import FP8_DTYPES
-from .schemes import PerBlock, PerChannel, PerTensor, Scheme, as_scheme
+from .schemes import PerTensor, Scheme, as_scheme
+from .stored import SCALE_SUFFIXES, expect_fp8, stored_schemes
 from .wire import SpanLoad, suits
-
-_SCALE_SUFFIXES = ("_scale", "_scale_inv")
 
 
 def load_checkpoint(
     model: nn.Module,
     source: str | os.PathLike | Checkpoint | Iterable[tuple[str, torch.Tensor]],
-    scheme: str | Scheme = "per_channel",
+    scheme: str | Scheme | None = None,
     *,
     device: torch.device | str | None = None,
     ignore: Iterable[str] = (),
@@ -54,12 +53,13 @@ def load_checkpoint(
     Args:
         model: built under `torch.device("meta")`.
         source: a checkpoint folder or .safetensors file, an opened one, or any iterable of `(name, tensor)`, which
-            is consumed one tensor at a time. A folder that is FP8 already (as `quantize_checkpoint` writes it) is
-            taken as it is: its codes and scales, whatever `scheme` says. FP8 weights of an iterable, with
-            `<name>_scale` or `<name>_scale_inv` before or after them, are taken as they are where their scales cover
-            what `scheme` says, and are dequantized and quantized again where not. Where a folder has a sidecar of
-            maxima (`fp8-kernels amax`), `per_tensor` weights are quantized as they arrive, with the same bits.
-        scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`.
+            is consumed one tensor at a time. FP8 weights come with `<name>_scale` or `<name>_scale_inv`, before or
+            after them. Where a folder has a sidecar of maxima (`fp8-kernels amax`), `per_tensor` weights are quantized
+            as they arrive, with the same bits.
+        scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`; per_channel by default. But
+            where none of them is given, a folder that holds FP8 weights is taken as it is, with its codes, scales
+            and what it kept. Else FP8 weights are taken as they are where their scales cover what they are to cover,
+            and dequantized and quantized again, in pieces, where not.
         device: where the model will live; by default the GPU if there is one.
         dtype: of the codes.
         activation: "dynamic" or None, see `Fp8Linear`.
@@ -79,36 +79,41 @@ def load_checkpoint(
             them, and the model is as it was before.
         CheckpointError: `source` is not a checkpoint.
     """
-    ignore, include = list(ignore), list(include)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(source, (str, os.PathLike)):
         source = open_checkpoint(source)
-    with _no_collection(), ExitStack() as stack:
-        spans, total, amax = None, 0, {}
-        if isinstance(source, Checkpoint) and suits(source, device, transfer):
-            rules = Rules(scheme, ignore, include, dict(schemes or {}))
-            spans = stack.enter_context(SpanLoad(source, device, rules))
+    with no_collection(), ExitStack() as stack:
+        spans, total, stored, kept, amax = None, 0, {}, {}, {}
+        rules = {"ignore": list(ignore), "include": list(include), "schemes": schemes}
+        as_it_is = scheme is None and not any(rules.values())
+        rules["scheme"] = "per_channel" if scheme is None else scheme
+        if isinstance(source, Checkpoint):
+            stored = stored_schemes(source)
+            if span_by_span(source, model, {} if as_it_is else stored, device, transfer):
+                spans = stack.enter_context(SpanLoad(source, device, Rules(**rules)))
+        keep_precision(model)
         if hasattr(model, "tie_weights"):
             model.tie_weights()  # while that is free: the loader then sees one storage
         stack.enter_context(_restored_on_failure(model))
+        if stored and as_it_is:
+            expect_fp8(model, source, stored, activation)
+            rules["ignore"] = ["*"]
+        if runnable:
+            plan = make_plan(model, **rules)
+            kept = not_runnable(model, plan)
+            rules["ignore"] += kept
+            stack.enter_context(turned_experts(model, names_to_quantize(plan) - kept.keys()))
         if isinstance(source, Checkpoint):
-            _expect_fp8(model, source, activation)
-            if any(isinstance(as_scheme(each), PerTensor) for each in (scheme, *(schemes or {}).values())):
-                amax = _known_maxima(model, source)
+            amax = known_maxima(model, source, rules)
             total = sum(info.num_bytes for info in source.metadata().values())
             source = source.tensors()
-        _compute_buffers(model, device)
-        options = {"device": device, "include": include, "schemes": schemes, "dtype": dtype, "amax": amax}
-        loader = LayerwiseLoader(model, scheme, ignore=ignore, **options)
-        kept = _not_runnable(model, loader.plan) if runnable else {}
-        if kept:
-            loader = LayerwiseLoader(model, scheme, ignore=[*ignore, *kept], **options)
-        names = Names(model)
+        compute_buffers(model, device)
+        loader, names = LayerwiseLoader(model, device=device, dtype=dtype, amax=amax, **rules), Names(model)
         with loader.prepared(spans and spans.given(loader, names)):
             if spans is not None:
                 spans.into(loader, names, progress)
             else:
-                _copy_all(loader, source, total, progress)
+                copy_all(loader, source, names, stored, total, progress)
         loader.report.passed_through.update(kept)
         if runnable:
             chosen = {name: entry.scheme for entry in loader.plan.quantized for name in entry.names}
@@ -119,7 +124,7 @@ def load_checkpoint(
 
 
 def load_model(
-    path: str | os.PathLike, scheme: str | Scheme = "per_channel", *, model_class: type | None = None, **options
+    path: str | os.PathLike, scheme: str | Scheme | None = None, *, model_class: type | None = None, **options
 ) -> tuple[nn.Module, Report]:
     """Build the transformers model of a checkpoint folder and load it, FP8 as its weights arrive.
 
@@ -158,10 +163,35 @@ def load_model(
     return model.eval(), report
 
 
-def _copy_all(loader, tensors, total, progress):
-    """Copy each tensor to where it belongs, inside the loader."""
-    model = loader.model
-    names = Names(model)
+def span_by_span(checkpoint: Checkpoint, model, codes, device: torch.device, transfer: str) -> bool:
+    """Is it read by spans? Not where FP8 `codes` become others, or where experts are to be turned."""
+    turned = any(getattr(module, "is_transposed", False) for module in model.modules())
+    if not suits(checkpoint, device, transfer) or codes or turned:
+        return False
+    fused = {name: info.shape for name, info in checkpoint.metadata().items() if len(info.shape) == 3}
+    if fused:
+        names, shapes = Names(model), {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name, shape in fused.items():
+            found = names.find(name)
+            if found is not None and found.expert is None and shapes.get(found.name, shape) != shape:
+                return False
+    return True
+
+
+def copy_all(loader, tensors, names, stored=None, total=0, progress=None):
+    """Copy each tensor to where it belongs, inside the loader.
+
+    Args:
+        tensors: (name, tensor), taken one by one.
+        names: `Names`, or what has its `find` and `may_be_dropped`.
+        stored: name of FP8 codes -> what their scales cover, where shapes do not tell.
+        total: bytes of all tensors; 0 where that is not known.
+        progress: called with (bytes done, bytes in all, name).
+
+    Raises:
+        LoadError: of another shape, or without a place in the model.
+    """
+    model, stored = loader.model, stored or {}
     targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     unexpected, done = [], 0
     for name, tensor, scale in _with_scales(tensors, names):
@@ -174,11 +204,14 @@ def _copy_all(loader, tensors, total, progress):
             with torch.no_grad():
                 target = destination.of(targets[destination.name])
                 if scale is not None:
-                    loader.copy_codes(target, tensor, scale)
-                    continue
-                if tensor.shape != target.shape:
-                    tensor = _reshaped_scale(name, tensor, target)
-                target.copy_(tensor)
+                    # There dequantizing, where it has to be, is fast, and the way there is a byte an element.
+                    tensor, scale = tensor.to(loader.device), scale.to(loader.device)
+                    loader.copy_codes(target, tensor, scale, stored.get(name))
+                elif destination.turned or _is_turned(tensor, target):
+                    for part, expert in zip(target, tensor, strict=True):
+                        part.copy_(expert.to(loader.device).mT)  # turned there, for the host takes long
+                else:
+                    target.copy_(tensor if tensor.shape == target.shape else _lone_scale(name, tensor, target))
         if progress:
             progress(done, total or done, name)
     if unexpected:
@@ -192,10 +225,10 @@ def _with_scales(tensors, names):
     arrived. Codes without a scale come last, as they are."""
     codes, scales = {}, {}
     for name, tensor in tensors:
-        base = next((name.removesuffix(s) for s in _SCALE_SUFFIXES if name.endswith(s)), None)
+        base = next((name.removesuffix(s) for s in SCALE_SUFFIXES if name.endswith(s)), None)
         if base is not None and names.find(name) is None and names.find(base) is not None:
             scales[base] = name, tensor
-        elif tensor.dtype in FP8_DTYPES and all(names.find(name + s) is None for s in _SCALE_SUFFIXES):
+        elif tensor.dtype in FP8_DTYPES and all(names.find(name + s) is None for s in SCALE_SUFFIXES):
             base, codes[name] = name, tensor
         else:
             yield name, tensor, None
@@ -206,14 +239,24 @@ def _with_scales(tensors, names):
         yield name, tensor, None
 
 
-def _reshaped_scale(name, tensor, target):
-    """A lone scale is stored as `[1]`; it is `[]`, or covers all rows, in a module."""
+def _is_turned(tensor, target):
+    """Are these experts as [E, in, out] where the model has them as [E, out, in]?"""
+    return tensor.ndim == target.ndim == 3 and tensor.shape != target.shape and tensor.shape == target.mT.shape
+
+
+def _lone_scale(name, tensor, target):
+    """It is stored as `[1]`; it is `[]`, or covers all rows, in a module."""
     if tensor.numel() == 1 and "weight_scale" in name:
         return tensor.reshape(()).expand(target.shape)
     raise LoadError(f"`{name}` must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}")
 
 
-def _not_runnable(model, plan):
+def names_to_quantize(plan: Plan) -> set[str]:
+    """Names of the parameters that become FP8."""
+    return {name for entry in plan.quantized for name in entry.names}
+
+
+def not_runnable(model, plan: Plan) -> dict[str, str]:
     """Weights that would become FP8 in modules which `make_runnable` cannot replace -> why they do not."""
     # A model that is itself such a module has no parent in which to replace it.
     return {
@@ -223,8 +266,13 @@ def _not_runnable(model, plan):
     }
 
 
-def _known_maxima(model, checkpoint):
-    """Parameter -> the maximum of its weight, or of each of its experts, where the checkpoint's sidecar tells all."""
+def known_maxima(model, checkpoint: Checkpoint, rules) -> dict[str, torch.Tensor]:
+    """Parameter -> the maximum of its weight, or of each of its experts, where the checkpoint's sidecar tells all, and
+    some weights become per_tensor."""
+    if not any(
+        isinstance(as_scheme(each), PerTensor) for each in (rules["scheme"], *(rules["schemes"] or {}).values())
+    ):
+        return {}
     names, infos = Names(model), checkpoint.metadata()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, torch.Tensor] = {}
@@ -257,7 +305,7 @@ def _restored_on_failure(model):
 
 
 @contextmanager
-def _no_collection():
+def no_collection():
     """Python's search for garbage cycles takes longer in a large process than a small load does; it waits."""
     enabled = gc.isenabled()
     gc.disable()
@@ -266,114 +314,6 @@ def _no_collection():
     finally:
         if enabled:
             gc.enable()
-
-
-# Checkpoints that are FP8 already.
-
-
-def _expect_fp8(model, checkpoint, activation):
-    """Put FP8 modules, still on meta, where the checkpoint holds FP8 weights, so that they are taken as they are."""
-    stored = {name: info for name, info in checkpoint.metadata().items() if info.dtype in FP8_DTYPES}
-    if not stored:
-        return
-    names, found = Names(model), {}
-    for name, info in stored.items():
-        destination = names.find(name)
-        if destination is None:
-            continue  # reported as unexpected when it arrives
-        owner = destination.name.rpartition(".")[0]
-        scheme = _stored_scheme(checkpoint, name, info, destination.expert is not None)
-        if found.setdefault(owner, (scheme, info.dtype)) != (scheme, info.dtype):
-            raise UnsupportedLayoutError(f"`{owner}` must have one scheme for all its experts, `{name}` has {scheme}")
-    for owner, (scheme, dtype) in found.items():
-        module = model.get_submodule(owner)
-        if not can_run(module) or module is model:
-            raise UnsupportedLayoutError(f"`{owner}` ({type(module).__name__}) holds FP8 weights that nothing runs")
-        parent, _, child = owner.rpartition(".")
-        replacement = _empty_fp8(module, owner, scheme, dtype, activation)
-        setattr(model.get_submodule(parent), child, replacement.train(module.training))
-
-
-def _stored_scheme(checkpoint, name, info, is_expert):
-    """What one stored scale covers."""
-    metadata = checkpoint.metadata()
-    scales = [f"{module_of(name)}.{leaf}" for leaf in ("weight_scale", "weight_scale_inv")]
-    scale = next((metadata[s] for s in scales if s in metadata), None)
-    if scale is None:
-        raise CheckpointError(f"{checkpoint.folder}: FP8 weight `{name}` has no scale `{scales[0]}` beside it")
-    if scale.shape in ((), (1,)):
-        return PerChannel() if is_expert else PerTensor()  # merged experts get their halves' scales row by row
-    if scale.shape == (info.shape[0], 1):
-        return PerChannel()
-    config = checkpoint.config.get("quantization_config", {})
-    format = FORMATS.get(config.get("quant_method"))
-    scheme = format.scheme_of(config, module_of(name)) if format else None
-    if scheme is None or scheme.scale_shape(info.shape) != tuple(scale.shape):
-        raise UnsupportedLayoutError(
-            f"{checkpoint.folder}: config.json does not say what the scales of `{name}` cover "
-            f"({list(scale.shape)} for {list(info.shape)})"
-        )
-    return scheme
-
-
-def _empty_fp8(module, owner, scheme, dtype, activation):
-    options = {"dtype": dtype, "activation": activation, "device": "meta"}
-    if isinstance(module, nn.Linear):
-        new = Fp8Linear(module.in_features, module.out_features, module.bias is not None, scheme, **options)
-        new.bias = module.bias
-        return new
-    new = Fp8Experts.like(module, scheme, **options)
-    if isinstance(scheme, PerBlock) and new.intermediate_dim % scheme.block_n:
-        raise UnsupportedLayoutError(
-            f"`{owner}`: blocks of {scheme.block_n} rows must not straddle gate and up, got {new.intermediate_dim} rows"
-        )
-    return new
-
-
-# What no checkpoint holds.
-
-
-def _compute_buffers(model, device):
-    """Let the model compute its non-persistent buffers (rotary tables) on the device.
-
-    The model's parameters are still on meta, so its own initialisation runs without touching a value. It runs over
-    two different fillings: a buffer that comes out the same both times was computed, any other was left alone.
-    """
-    left = []
-    for prefix, module in model.named_modules():
-        leaves = [leaf for leaf in module._non_persistent_buffers_set if _is_meta(module._buffers.get(leaf))]
-        if not leaves:
-            continue
-        initialise = getattr(_pretrained_ancestor(model, prefix), "_init_weights", lambda module: None)
-        results = []
-        for filling in (0, 1):
-            for leaf in leaves:
-                module._buffers[leaf] = torch.full_like(module._buffers[leaf], filling, device=device)
-            with torch.no_grad():
-                initialise(module)
-            results.append([module._buffers[leaf] for leaf in leaves])
-        left += [
-            f"{prefix}.{leaf}".lstrip(".") for leaf, a, b in zip(leaves, *results, strict=True) if not torch.equal(a, b)
-        ]
-    if left:
-        raise LoadError(
-            f"no checkpoint holds {', '.join(f'`{name}`' for name in left)}, and the model does not say how to compute "
-            "them: give the model real ones (build the module that owns them outside of the meta device)"
-        )
-
-
-def _is_meta(buffer):
-    return buffer is not None and buffer.is_meta
-
-
-def _pretrained_ancestor(model, prefix):
-    """The innermost module around `prefix` that knows how to initialise its parts."""
-    parts = prefix.split(".")
-    for size in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:size]))
-        if hasattr(module, "_init_weights"):
-            return module
-    return None
 
 
 def _main_dtype(checkpoint):

@@ -33,9 +33,12 @@ class Fp8Module(nn.Module):
         self.register_parameter(name, _frozen(torch.empty(shape, dtype=dtype, device=device)))
         self.register_parameter(f"{name}_scale", _frozen(torch.empty(scale_shape, dtype=scale_dtype, device=device)))
 
+    def fp8_names(self) -> list[str]:
+        """Names of the parameters that hold codes."""
+        return [name for name in self._parameters if f"{name}_scale" in self._parameters]
+
     def _fp8_names(self):
-        """Names of the parameters that hold codes or scales."""
-        return [n for name in self._parameters if f"{name}_scale" in self._parameters for n in (name, f"{name}_scale")]
+        return [n for name in self.fp8_names() for n in (name, f"{name}_scale")]
 
     def _apply(self, fn, recurse=True):
         before = {name: self._parameters[name].detach() for name in self._fp8_names()}
@@ -90,7 +93,7 @@ class Fp8Linear(Fp8Module):
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.scheme, self.activation = as_scheme(scheme), _checked_activation(activation)
+        self.scheme, self.activation = as_scheme(scheme), checked_activation(activation)
         self._add_fp8("weight", (out_features, in_features), dtype, device)
         bias = _frozen(torch.empty(out_features, dtype=bias_dtype, device=device)) if bias else None
         self.register_parameter("bias", bias)
@@ -166,7 +169,7 @@ class Fp8Experts(Fp8Module):
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
         self.act_fn, self.apply_gate = act_fn, apply_gate
         self.has_gate, self.is_transposed = has_gate, is_transposed
-        self.scheme, self.activation = as_scheme(scheme), _checked_activation(activation)
+        self.scheme, self.activation = as_scheme(scheme), checked_activation(activation)
         if self.scheme.segments:
             raise ValueError(f"experts must have one scheme for all their weights, got {scheme_name(self.scheme)}")
         self.first = "gate_up_proj" if has_gate else "up_proj"
@@ -269,7 +272,7 @@ def make_runnable(
         LoadError: some modules hold FP8 weights that nothing here can run; the message lists them.
         ValueError: a scheme can be told neither from `schemes` nor from the shapes.
     """
-    _checked_activation(activation)
+    checked_activation(activation)
     modules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -338,7 +341,7 @@ def _frozen(tensor):
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _checked_activation(activation):
+def checked_activation(activation):
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {ACTIVATIONS}, got {activation!r}")
     return activation

@@ -8,6 +8,7 @@ holds one by one land in the merged weights of transformers 5.
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ _PARTS = {
     "w2": ("down_proj", None),
 }
 _LEAVES = {"weight": "", "bias": "_bias", "weight_scale": "_scale", "weight_scale_inv": "_scale"}
+TURNED = "_fp8_turned"  # on a module: names of the weights that `turned_experts` turned
 # Values that models compute for themselves, which old checkpoints nevertheless hold.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 
@@ -36,11 +38,13 @@ class Destination:
         name: of the parameter or buffer.
         expert: index along its first dimension; None for all of it.
         half: 0 for the upper half of that expert's rows, 1 for the lower; None for all rows.
+        turned: whether the checkpoint holds `[E, in, out]` where the model holds `[E, out, in]`.
     """
 
     name: str
     expert: int | None = None
     half: int | None = None
+    turned: bool = False
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """That part of the tensor, as a view."""
@@ -64,6 +68,11 @@ class Names:
             owner, _, leaf = name.rpartition(".")
             persistent = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
             (self._loadable if persistent else self._computed).add(name)
+        self.turned = {
+            f"{name}.{leaf}"
+            for name, module in model.named_modules(remove_duplicate=False)
+            for leaf in getattr(module, TURNED, ())
+        }
         self._prefix = getattr(model, "base_model_prefix", "")
         self._ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
 
@@ -71,11 +80,15 @@ class Names:
         """Where the checkpoint's tensor of that name belongs; None if nowhere."""
         for candidate in self._candidates(name):
             if candidate in self._loadable:
-                return Destination(candidate)
+                return self.whole(candidate)
             found = self._find_expert(candidate)
             if found:
                 return found
         return None
+
+    def whole(self, name: str) -> Destination:
+        """All of a tensor of the model."""
+        return Destination(name, turned=name in self.turned)
 
     def may_be_dropped(self, name: str) -> bool:
         """Does the model say that it needs no tensor of that name, or compute it for itself?"""
@@ -116,9 +129,38 @@ class Names:
         if target not in self._num_experts:
             module = self._model.get_submodule(experts)
             # In other layouts an expert's shard is not a run of rows: better unknown than wrong.
-            runs = not getattr(module, "is_transposed", False) and getattr(module, "is_concatenated", True)
+            turned = getattr(module, "is_transposed", False) or target in self.turned
+            runs = not turned and getattr(module, "is_concatenated", True)
             self._num_experts[target] = module.get_parameter(merged + leaf).shape[0] if runs else 0
         return Destination(target, index, half) if index < self._num_experts[target] else None
+
+
+@contextmanager
+def turned_experts(model: nn.Module, quantized: set[str]):
+    """Let experts that a model holds as `[E, in, out]` be `[E, out, in]`, so that rows are output channels.
+
+    Args:
+        model: on meta; as it was, if the body raises.
+        quantized: names of the parameters that become FP8; only experts all of whose weights do are turned.
+    """
+    before = []
+    for name, module in model.named_modules():
+        weights = {leaf: p for leaf, p in module._parameters.items() if p is not None and p.ndim == 3}
+        if getattr(module, "is_transposed", False) and weights and quantized.issuperset(f"{name}.{w}" for w in weights):
+            before.append((module, weights))
+            for leaf, p in weights.items():
+                turned = torch.empty(p.mT.shape, dtype=p.dtype, device=p.device)
+                module._parameters[leaf] = nn.Parameter(turned, requires_grad=False)
+            module.is_transposed = False
+            setattr(module, TURNED, tuple(weights))
+    try:
+        yield
+    except BaseException:
+        for module, weights in before:
+            module._parameters.update(weights)
+            module.is_transposed = True
+            delattr(module, TURNED)
+        raise
 
 
 def _renamings(model):

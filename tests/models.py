@@ -25,24 +25,24 @@ def tiny_llama(**overrides):
     """A random bf16 Llama with tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _random(LlamaForCausalLM, LlamaConfig(**SIZES | HEADS | {"tie_word_embeddings": True} | overrides))
+    return random_model(LlamaForCausalLM, LlamaConfig(**SIZES | HEADS | {"tie_word_embeddings": True} | overrides))
 
 
 def tiny_qwen3_moe(**overrides):
     """A random bf16 Qwen3-MoE; its checkpoint holds experts one by one (gate_proj, up_proj, down_proj)."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    return _random(Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES | HEADS | EXPERTS | overrides))
+    return random_model(Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES | HEADS | EXPERTS | overrides))
 
 
 def tiny_mixtral(**overrides):
     """A random bf16 Mixtral; its checkpoint says block_sparse_moe, w1, w3 and w2."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return _random(MixtralForCausalLM, MixtralConfig(**SIZES | HEADS | {"num_local_experts": 4} | overrides))
+    return random_model(MixtralForCausalLM, MixtralConfig(**SIZES | HEADS | {"num_local_experts": 4} | overrides))
 
 
-def _random(cls, config):
+def random_model(cls, config):
     # "eager" loops over the experts as Fp8Experts does; a grouped product adds up in another order.
     config._experts_implementation = "eager"
     config.dtype = torch.bfloat16
@@ -83,18 +83,22 @@ def minilm() -> Path:
 
 @torch.no_grad()
 def round_weights(model, scheme):
-    """Replace every linear weight but the head, and every expert, by `dequantize(quantize(w))` of the definition.
+    """Replace every linear weight but heads and routers, and every expert, by `dequantize(quantize(w))` of the
+    definition.
 
     Returns the names of those weights.
     """
     scheme, names = as_scheme(scheme), []
     for name, p in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if (isinstance(owner, nn.Linear) and name.endswith(".weight") and "lm_head" not in name) or p.ndim == 3:
-            w = p.data if p.ndim == 3 else p.data[None]
+        is_kept = any(role in name for role in ("lm_head", "router", "shared_expert_gate"))
+        if (isinstance(owner, nn.Linear) and name.endswith(".weight") and not is_kept) or p.ndim == 3:
+            turned = getattr(owner, "is_transposed", False) and p.ndim == 3  # rows are output channels all the same
+            w = p.data.mT if turned else p.data if p.ndim == 3 else p.data[None]
             options = (scheme.pow2, scheme.scale_dtype)
             q, scale = reference.quantize(w, torch.float8_e4m3fn, *scheme.block, *options)
-            p.data.copy_(reference.dequantize(q, scale, p.dtype, *scheme.block).reshape(p.shape))
+            rounded = reference.dequantize(q, scale, p.dtype, *scheme.block)
+            p.data.copy_(rounded.mT if turned else rounded.reshape(p.shape))
             names.append(name)
     return names
 

@@ -6,9 +6,11 @@ import torch
 
 from ..errors import LoadError, NonFiniteWeightError
 from ..ops import FP8_DTYPES, dequantize
-from ..schemes import PerBlock, PerTensor, Scheme, as_scheme
+from ..schemes import WHOLE, PerBlock, PerTensor, Scheme, as_scheme
 from .origin import scheme_of
 from .writes import Writes
+
+PIECE_BYTES = 8 << 20
 
 
 def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
@@ -26,9 +28,22 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
         raise NonFiniteWeightError(f"{name}: its codes hold NaN or Inf")
     with torch.no_grad():
         if not writes.take_codes(t, q, scale):
-            if not scale.ndim:
-                scale = scale.expand(q.shape[:-2])
-            t.copy_(dequantize(q, scale, torch.float32, scheme))
+            _copy_dequantized(t, q, scale, scheme)
+
+
+def _copy_dequantized(t, q, scale, scheme):
+    """`q * scale` in float32, a few rows at a time: four times the bytes of the codes are never there at once."""
+    if q.ndim > 2:
+        for i in range(len(q)):
+            _copy_dequantized(t[i], q[i], scale[i] if scale.ndim else scale, scheme)
+        return
+    block_n = max(scheme.block[0], 1)
+    step = max(PIECE_BYTES // (4 * max(q.shape[1], 1)) // block_n, 1) * block_n
+    for start in range(0, len(q), step):
+        rows = slice(start, start + step)
+        is_of_rows = scale.ndim and scheme.block[0] != WHOLE
+        part = scale[start // block_n : -(-(start + step) // block_n)] if is_of_rows else scale
+        t[rows].copy_(dequantize(q[rows], part, torch.float32, scheme))
 
 
 def stored_scheme(q, scale):
