@@ -62,3 +62,11 @@ __all__ = [
     "quantize_weights",
     "verify_checkpoint",
 ]
+
+
+def __getattr__(name):
+    if name == "Fp8KernelsConfig":  # registers itself with transformers, which takes seconds to import
+        from .integrations.transformers import Fp8KernelsConfig
+
+        return Fp8KernelsConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
