@@ -190,7 +190,8 @@ def host(device: torch.device, sweep: tuple[int, ...] = SWEEP, scale_down: int =
         found["experts"][kind] = _above(device, 60, place(torch.randn(rows, cols).bfloat16()), rounds)
     shard = torch.randn(SMALL[0] // 2, SMALL[1]).bfloat16()
     for count in sweep:
-        found["sweep"][str(count)] = _above(device, count // 2, shard, 3 if count > 1_000 else rounds)
+        repeats = rounds if count <= 1_000 else 3 if count <= 10_000 else 1
+        found["sweep"][str(count)] = _above(device, count // 2, shard, repeats)
     return found
 
 
@@ -269,6 +270,13 @@ def bars(result: dict) -> list[str]:
                 what = f"6 MB shards, {name} source" if part == "experts" else f"{name} small shards"
                 lines.append(f"host, {what}, {scheme}: {above:.1f} us above {case['plain']:.1f}, bar 50: {verdict}")
     return lines
+
+
+def summary(result: dict) -> str:
+    """Markdown: how many bars were met, and each that was not."""
+    lines = bars(result)
+    missed = [line for line in lines if line.endswith("MISSED")]
+    return "\n".join([f"- {len(lines) - len(missed)} of {len(lines)} bars met.", *(f"- {line}" for line in missed)])
 
 
 def table(result: dict) -> str:

@@ -1,4 +1,5 @@
-"""Writes the tables of saved results into bench/README.md, each between its two marks: kernels, and whole loads.
+"""Writes the tables of saved results into bench/README.md, each between its two marks: kernels, the cost of loads, and
+whole loads.
 
 python -m bench.readme
 """
@@ -9,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import load_tables
+from bench import load_tables, loader
 from bench.bars import bars_table
 from bench.host import table as host_table
 from bench.kernels import RESULTS
@@ -17,6 +18,7 @@ from bench.tables import peer_table, report
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+COST_BEGIN, COST_END = "<!-- loads -->\n", "<!-- end of loads -->\n"
 LOAD_BEGIN, LOAD_END = "<!-- checkpoints -->\n", "<!-- end of checkpoints -->\n"
 SHOWN = (128, 1536, 2048)  # where every implementation is listed
 
@@ -33,6 +35,15 @@ def block() -> str:
             parts.append(f"![{plot.stem}](results/{plot.name})")
         parts += [f"### Every implementation on {'x'.join(map(str, SHOWN))}", peer_table(results, SHOWN)]
     return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def cost_block() -> str:
+    """Markdown of every saved run of `bench.loader`."""
+    parts = []
+    for file in sorted(RESULTS.glob("loader_*.json")):
+        result = json.loads(file.read_text())
+        parts += [f"{result['device']} ([results](results/{file.name})):", loader.table(result), loader.summary(result)]
+    return "\n" + "".join(f"{part}\n\n" for part in parts)
 
 
 def load_block() -> str:
@@ -54,7 +65,11 @@ def shown(begin: str = BEGIN, end: str = END) -> str:
 
 def main() -> int:
     text = README.read_text()
-    for begin, end, made in ((BEGIN, END, block()), (LOAD_BEGIN, LOAD_END, load_block())):
+    for begin, end, made in (
+        (BEGIN, END, block()),
+        (COST_BEGIN, COST_END, cost_block()),
+        (LOAD_BEGIN, LOAD_END, load_block()),
+    ):
         before, _, rest = text.partition(begin)
         text = before + begin + made + end + rest.partition(end)[2]
     README.write_text(text)

@@ -108,7 +108,10 @@ class Prefetch(Sources):
         self._looks, self._pagemap, self._started = 0, None, 0.0
 
     def bring(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False):
-        if not self._moves(destination, source):
+        # Page-locked memory needs no copy of the host's, and an engine that asked not to wait for it knows when it may
+        # write there again.
+        direct = non_blocking and source.is_pinned()
+        if direct or not self._moves(destination, source):
             super().bring(destination, source, non_blocking)
 
     def close(self):

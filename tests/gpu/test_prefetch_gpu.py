@@ -55,20 +55,24 @@ def test_a_loop_over_files_gives_the_bits_of_quantize(scheme, order, tmp_path):
 
 
 @needs_extension
-@pytest.mark.parametrize("pinned", [False, True])
-def test_a_large_buffer_may_be_written_again_at_once(pinned):
-    """Twenty weights out of one buffer of the host, which is overwritten as soon as each copy returns."""
+@pytest.mark.parametrize("kind", ["pageable", "pinned", "pinned, not waiting"])
+def test_a_large_buffer_may_be_written_again(kind):
+    """Twenty weights out of one buffer of the host, which is overwritten as soon as each copy returns; after an event
+    where the copy was asked not to wait for page-locked memory, which then goes on its way as it is."""
     buffer = torch.empty(1024, 4096, dtype=torch.bfloat16)
-    buffer = buffer.pin_memory() if pinned else buffer
-    sources = Prefetch(torch.device("cuda", torch.cuda.current_device()))
+    buffer = buffer.pin_memory() if kind != "pageable" else buffer
+    sources, direct = Prefetch(torch.device("cuda", torch.cuda.current_device())), kind == "pinned, not waiting"
     arrived = []
     for i in range(20):
         destination = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-        sources.bring(destination, buffer.fill_(i), non_blocking=True)
+        sources.bring(destination, buffer.fill_(i), non_blocking=kind != "pinned")
+        if direct:
+            torch.cuda.current_stream().record_event().synchronize()
         buffer.fill_(-1)
         arrived.append(destination)
     assert [bool(t.eq(i).all()) for i, t in enumerate(arrived)] == [True] * 20
-    assert sources.counters()["memory"].asked_bytes == 20 * buffer.nbytes
+    counters = sources.counters()
+    assert sum(each.asked_bytes for each in counters.values()) == (0 if direct else 20 * buffer.nbytes)
     sources.close()
 
 
