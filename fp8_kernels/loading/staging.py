@@ -143,9 +143,10 @@ class Tracked:
     def _split_results(self):
         """Codes and scales by unit: views that are made at once cost a fraction of those made one by one."""
         self.allocate()
-        is_one = len(self.entry.shape) == 2
-        q, scale = (self.q[None], self.scale[None]) if is_one else (self.q, self.scale)
-        self._results = list(zip(q.split(1), scale.split(1), strict=True))
+        if len(self.entry.shape) == 2:
+            self._results = [(self.q[None], self.scale[None])]
+        else:
+            self._results = list(zip(self.q.split(1), self.scale.split(1), strict=True))
 
     def result_of(self, first: int, count: int, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[count, rows, columns]` and scales of one rectangle of whole groups of neighbouring units."""
