@@ -11,7 +11,7 @@ from ..loading.transfer import Span
 from .reader import Checkpoint, TensorInfo
 from .safetensors_file import num_bytes
 
-# Three fit into `transfer.RING_BYTES`; one holds the three weights of a usual expert.
+# Two fit into `transfer.RING_BYTES`: one arrives while one is used. One holds the three weights of a usual expert.
 SPAN_BYTES = 18 << 20
 _WHOLE = 1.4  # of that limit: a weight that is quantized at once should not wait in two spans
 _ROWS = 128  # large tensors are cut at multiples of this, so that no block of scales is

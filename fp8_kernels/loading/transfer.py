@@ -20,7 +20,7 @@ from ..errors import CheckpointError, LoadError
 from .engine import HOST, MAX_GROUPS, EngineError, NativeEngine, PythonEngine, Run, native
 from .report import size_text
 
-RING_BYTES = 54 << 20  # of device memory where spans arrive, while others are used
+RING_BYTES = 40 << 20  # of device memory where spans arrive, while others are used
 _ALIGNMENT = 512
 _MAX_THREADS = 14  # more do not read faster
 _PROBES = 16  # places of a file that are looked for in the page cache
