@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -40,7 +41,7 @@ def suits(checkpoint: Checkpoint, device: torch.device, way: str) -> bool:
     if way not in WAYS:
         raise ValueError(f"`transfer` must be one of {WAYS}, got {way!r}")
     infos = checkpoint.metadata().values()
-    can = all(info.offset is not None for info in infos)
+    can = all(info.offset is not None for info in infos) and hasattr(os, "preadv")
     if way == "spans" and not can:
         raise ValueError(
             f"`transfer` must be 'auto' or 'mapped' for files that are no safetensors, {checkpoint.folder}"

@@ -1,12 +1,14 @@
 """load_checkpoint by spans: what the load of one mapped tensor after the other gives, and its errors."""
 
+import threading
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fp8_kernels import wire
 from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
-from fp8_kernels.errors import IncompleteLoadError, LoadError, NonFiniteWeightError
+from fp8_kernels.errors import CheckpointError, IncompleteLoadError, LoadError, NonFiniteWeightError
 from fp8_kernels.load import load_checkpoint, load_model
 from fp8_kernels.loading.transfer import Memory
 
@@ -129,6 +131,18 @@ def test_errors_name_the_tensor_and_leave_the_model_as_it_was(state, changes, er
     assert set(dict(model.named_parameters())) == {"fc.weight", "norm.weight"}
     load_checkpoint(model, state({}), device="cpu", runnable=False, transfer="spans")
     assert torch.equal(model.norm.weight, load_file(state({}) / "model.safetensors")["norm.weight"])
+
+
+@pytest.mark.parametrize("early", [1, 1 << 30])
+def test_a_file_that_is_gone_is_an_error_with_its_name(state, early, monkeypatch):
+    """It was there when its header was read; the model is as it was, and no thread is left."""
+    monkeypatch.setattr(wire, "_EARLY_BYTES", early)
+    model, checkpoint = Model(fc=(130, 96), norm=(96,)), open_checkpoint(state({}))
+    (checkpoint.folder / "model.safetensors").unlink()
+    before = threading.active_count()
+    with pytest.raises(CheckpointError, match="model.safetensors: No such file"):
+        load_checkpoint(model, checkpoint, device="cpu", runnable=False, transfer="spans")
+    assert all(p.is_meta for p in model.parameters()) and threading.active_count() == before
 
 
 def test_a_device_tensor_of_a_file_is_not_kept(state):

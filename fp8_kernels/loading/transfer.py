@@ -57,9 +57,12 @@ class Options:
     @staticmethod
     def for_files(paths: Iterable[str | os.PathLike]) -> Options:
         """What suits these files, as they are now, on this machine."""
-        sizes = {os.fspath(path): os.path.getsize(path) for path in paths}
+        try:
+            sizes = {os.fspath(path): os.path.getsize(path) for path in paths}
+            cached = sum(cached_fraction(path) * size for path, size in sizes.items())
+        except OSError:  # whoever opens them says so
+            return Options.for_memory()
         total = sum(sizes.values())
-        cached = sum(cached_fraction(path) * size for path, size in sizes.items())
         if cached >= _COLD * total:
             return Options.for_memory()
         # Through the page cache, so that the next process finds the files there, if they fit.
