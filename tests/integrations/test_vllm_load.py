@@ -137,6 +137,15 @@ def test_experts_that_the_format_has_not_are_refused(sources, scheme, other):
         load_model(engine_config(sources["qwen3_moe"], quantization=NAME, model_loader_extra_config=extra))
 
 
+def test_a_draft_model_beside_ours_is_loaded_as_it_is(sources):
+    """vLLM gives it the load format of the model that it drafts for."""
+    config = engine_config(sources["llama"], load_format=NAME)
+    config.model_config.runner_type = "draft"
+    plain = tensors(load_model(engine_config(sources["llama"]), processed=False))
+    for name, t in tensors(load_model(config, processed=False)).items():
+        assert_same_bits(t, plain[name], name)
+
+
 def test_another_loader_is_refused(sources):
     """A config that was put together by hand must name the loader."""
     config = engine_config(sources["llama"], quantization=NAME)

@@ -48,6 +48,7 @@ class Fp8KernelsLoader(DefaultModelLoader):
         # The base class chooses files by the format, and knows nothing of ours.
         super().__init__(replace(load_config, load_format=self.options.load_format, model_loader_extra_config=extra))
         self.report = None
+        self._writes_through = False
 
     def load_model(self, vllm_config, model_config, prefix=""):
         """Load a model.
@@ -71,7 +72,8 @@ class Fp8KernelsLoader(DefaultModelLoader):
             from .online import WriteThroughConfig
 
             vllm_config.quant_config = WriteThroughConfig(config.args)
-        else:
+            self._writes_through = True
+        elif model_config.runner_type != "draft":  # a draft model has a quantization of its own, and our load format
             raise ValueError(
                 f"load_format={NAME!r} must come with quantization={NAME!r}, 'fp8_per_tensor', 'fp8_per_channel' or "
                 f"'fp8_per_block', got {method!r}"
@@ -80,7 +82,7 @@ class Fp8KernelsLoader(DefaultModelLoader):
 
     def load_weights(self, model, model_config):
         started = time.perf_counter()
-        if model_config.quantization == NAME:
+        if not self._writes_through:
             super().load_weights(model, model_config)
         else:
             from .online import write_through
