@@ -48,12 +48,12 @@ def folder():
         yield Path(path)
 
 
-def generate(model, folder, prompts, tokens, **engine):
-    """What `LLM(model, **engine)` generates, and a digest of each tensor that its worker holds."""
+def generate(checkpoint, folder, prompts, tokens, **engine):
+    """What `LLM(checkpoint, **engine)` generates, and a digest of each tensor that its worker holds."""
     script = folder / "generate.py"
     script.write_text(SCRIPT)
     (folder / "digests.py").write_text(DIGESTS)
-    given = {"engine": {"model": str(model), **engine}, "prompts": prompts, "tokens": tokens}
+    given = {"engine": {"model": str(checkpoint), **engine}, "prompts": prompts, "tokens": tokens}
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     done = subprocess.run(
         [sys.executable, script, json.dumps(given)],
