@@ -12,7 +12,8 @@ import torch
 
 import fp8_kernels
 from fp8_kernels import cli
-from fp8_kernels.integrations import sglang
+from fp8_kernels.integrations import sglang, vllm
+from fp8_kernels.integrations.vllm.options import Options
 from tests.checkpoint import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,9 +42,9 @@ def commands():
 def test_command(words, tmp_path, capsys):
     """Every command of the docs does what it says there.
 
-    `fp8-kernels` runs on a small model. Of `sglang` the options are ours to check; tests/integrations runs its loader.
-    `make` targets are parsed and expanded; the demo itself runs in
-    test_demo.py and the tests are what runs this. `pip install` builds the wheel (test_package.py).
+    `fp8-kernels` runs on a small model. Of `vllm` and `sglang` the options are ours to check; tests/integrations runs
+    their loaders. `make` targets are parsed and expanded; the demo itself runs in test_demo.py and the tests are what
+    runs this. `pip install` builds the wheel (test_package.py).
     """
     if words[0] == "fp8-kernels":
         model = make_model(tmp_path / "model")
@@ -57,6 +58,12 @@ def test_command(words, tmp_path, capsys):
         assert given.pop("--quantization") == sglang.NAME
         options = json.loads(given.pop("--model-loader-extra-config", "{}"))
         assert sglang.options_of(options)["scheme"] and not given
+    elif words[0] == "vllm":
+        given = dict(zip(words[3::2], words[4::2], strict=True))
+        method, load_format = given.pop("--quantization"), given.pop("--load-format", None)
+        options, rest = Options.split(json.loads(given.pop("--model-loader-extra-config", "{}")))
+        options.check_fits(method, ours=method == vllm.NAME)
+        assert vllm.NAME in (method, load_format) and not rest and not given
     elif words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     elif words[:2] == ["python", "-m"]:
