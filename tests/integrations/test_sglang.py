@@ -82,7 +82,7 @@ def deepseek_v3(folder, seed=0):
         ep_size=1,
     )
     torch.manual_seed(seed)
-    return models.save(models._random(DeepseekV3ForCausalLM, config), folder)
+    return models.save(models.random_model(DeepseekV3ForCausalLM, config), folder)
 
 
 def assert_same(found, wanted):
