@@ -35,7 +35,7 @@ import torch
 import fp8_kernels as fk
 from bench import host, peers
 from bench.bars import bars_table
-from bench.measure import Budget, Clock, count_launches, give_back, machine
+from bench.measure import Budget, Clock, count_launches, give_back, is_lost, machine
 from bench.tables import CASES, DEFAULT_CASES, QUANTIZE, SCHEME_OF, is_right, line_of, peer_table, report
 from fp8_kernels import reference
 from fp8_kernels.schemes import as_scheme
@@ -198,6 +198,8 @@ def measure_weight(results, clock, budget, shape, args, found, without, own=True
             measure(row, clock, w, bind)
             results["rows"].append(row)
             print(line_of(row), file=sys.stderr, flush=True)
+            if "error" in row and is_lost():
+                return budget.spend(f"{size} after {case} {name}, which lost the GPU")
             if torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory // 3:
                 give_back()
 
@@ -208,7 +210,7 @@ def sweep(clock, budget, args, found) -> list[dict]:
     for i, num_bytes in enumerate(SWEEP_BYTES):
         num_rows = max(1, num_bytes // (2 * SWEEP_COLS))
         if not budget.allows(f"sweep from {num_bytes >> 10} KB"):
-            break
+            return rows
         w = torch.empty((num_rows, SWEEP_COLS), dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         for case in SWEEP_CASES:
             binds = {backend: ours(case, backend) for backend in args.backends}

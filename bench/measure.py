@@ -137,6 +137,15 @@ def give_back():
     time.sleep(CLEARING_S)
 
 
+def is_lost() -> bool:
+    """Whether a kernel's fault ended this process's use of the GPU: every later call would report the same error."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def count_launches(run) -> int:
     """How many kernels, copies and fills a call runs on the GPU, as the profiler saw them."""
     torch.cuda.synchronize()
@@ -160,6 +169,11 @@ class Budget:
         if what not in self.left_out:
             self.left_out.append(what)
         return False
+
+    def spend(self, what: str):
+        """Nothing more is started; `what` is noted."""
+        self._end = 0.0
+        self.left_out.append(what)
 
 
 def machine() -> dict:

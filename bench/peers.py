@@ -356,12 +356,16 @@ def _import(name):
     return sys.modules[name]
 
 
+def _refuse_large(w):
+    if w.numel() >= 1 << 31:
+        raise Absent("an illegal memory access was seen on 256x4096x7168, above 2^31 elements")
+
+
 def _fbgemm_triton():
     kernels = _import("fbgemm_gpu.experimental.gemm.triton_gemm.fp8_gemm")
 
     def bind_blocks(w):
-        if w.numel() >= 1 << 31:
-            raise Absent("an illegal memory access was seen above 2^31 elements")
+        _refuse_large(w)
         return lambda: kernels.triton_quantize_fp8_block(w, 128, 128)
 
     return {
@@ -408,9 +412,13 @@ def _torchao():
 
         return run
 
+    def bind_blocks(w):
+        _refuse_large(w)
+        return lambda: blocks.triton_fp8_blockwise_weight_quant_rhs(w, 128)
+
     return {
         "per_channel": {"torchao": _as_rows(bind_row)},
-        "per_block": {"torchao": _as_rows(lambda w: lambda: blocks.triton_fp8_blockwise_weight_quant_rhs(w, 128))},
+        "per_block": {"torchao": _as_rows(bind_blocks)},
         "per_group": {"torchao": _as_rows(lambda w: lambda: blocks.triton_fp8_blockwise_act_quant_lhs(w, 128))},
     }
 

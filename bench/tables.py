@@ -147,7 +147,7 @@ def report(results: dict) -> str:
     failed = [line_of(row) for row in results["rows"] if "error" in row]
     absent = [f"{library}: {reason}" for library, reason in results["absent"].items()]
     unmeasured = results.get("left_out", [])
-    for title, lines in (("Failed", failed), ("Left out for time", unmeasured), ("Not here", absent)):
+    for title, lines in (("Failed", failed), ("Left out", unmeasured), ("Not here", absent)):
         if lines:
             parts.append("\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]))
     return "\n\n".join(parts)

@@ -255,6 +255,9 @@ def test_a_spent_budget_says_what_it_left_out():
     """Nothing starts after it; without one everything does."""
     spent = measure.Budget(0)
     assert not spent.allows("4096x4096") and not spent.allows("4096x4096") and spent.left_out == ["4096x4096"]
+    lost = measure.Budget(None)
+    lost.spend("the rest")
+    assert not lost.allows("4096x4096") and lost.left_out == ["the rest", "4096x4096"]
     assert measure.Budget(None).allows("anything") and measure.Budget(1000).allows("anything")
 
 
