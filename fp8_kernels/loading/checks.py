@@ -12,6 +12,7 @@ from .staging import Tracked
 from .target import describe
 
 MAX_REGIONS = 8  # listed of one tensor
+LOOK_BYTES = 4 << 20  # of scales that are put together to be looked at
 
 
 def check_complete(tracked_tensors: list[Tracked], num_shards: int):
@@ -98,11 +99,22 @@ def _ranges(numbers):
 
 
 def _all_finite(scales):
-    """One look, of few launches, at scales of one dtype, which are no less than 0; may miss that they are."""
-    flat = torch.cat([scale.reshape(-1) for scale in scales])
-    if flat.dtype == torch.float8_e8m0fnu:
-        return not flat.numel() or int(flat.view(torch.uint8).max()) != 0xFF
-    return math.isfinite(flat.sum())  # a sum that is infinite may be one of large scales
+    """One look, of few launches and little memory, at scales of one dtype, which are no less than 0; may miss that they
+    are."""
+    is_exponent = scales[0].dtype == torch.float8_e8m0fnu
+    found, piece, size = [], [], 0
+    for scale in [*scales, None]:
+        if piece and (scale is None or size + scale.nbytes > LOOK_BYTES):
+            flat = piece[0] if len(piece) == 1 else torch.cat(piece)
+            found.append(flat.view(torch.uint8).max() if is_exponent else flat.sum(dtype=torch.float32))
+            piece, size = [], 0
+        if scale is not None and scale.numel():
+            piece.append(scale.reshape(-1))
+            size += scale.nbytes
+    if not found:
+        return True
+    # A sum that is infinite may be one of large scales.
+    return int(torch.stack(found).max()) != 0xFF if is_exponent else math.isfinite(torch.stack(found).sum())
 
 
 def _not_finite(scale):

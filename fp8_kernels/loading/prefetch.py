@@ -30,7 +30,7 @@ from .sources import Sources
 SLOT_BYTES, NUM_SLOTS = 2 << 20, 64  # of page-locked memory, used as it is needed
 SMALLEST_BYTES = 1 << 20  # of a tensor in other memory, to be copied by several threads
 MAX_MAPPINGS = 4  # files that are known at a time
-LOOKS = 64  # at addresses known to be no file's, until what is mapped there is looked up again
+LOOKED_UP = 0.02  # part of the time that may go into looking up again what is mapped at addresses known to be no file's
 _ENDS_EARLY, _DRIVER = -1, -1000
 
 
@@ -105,13 +105,18 @@ class Prefetch(Sources):
         self._elsewhere: list[
             tuple[int, int]
         ] = []  # addresses, in order, at which no file was when they were looked up
-        self._looks, self._pagemap, self._started = 0, None, 0.0
+        self._low = self._high = 0  # those of them that the last look was at
+        self._look_again, self._pagemap, self._started = 0.0, None, 0.0
 
     def bring(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False):
-        # Page-locked memory needs no copy of the host's, and an engine that asked not to wait for it knows when it may
-        # write there again.
-        direct = non_blocking and source.is_pinned()
-        if direct or not self._moves(destination, source):
+        num_bytes = source.nbytes
+        if num_bytes < SMALLEST_BYTES:
+            address = source.data_ptr()
+            known = self._low <= address and address + num_bytes <= self._high
+            if known and time.perf_counter() < self._look_again:  # as most small ones are: no file's
+                destination.copy_(source, non_blocking)
+                return
+        if not self._moves(destination, source, non_blocking):
             super().bring(destination, source, non_blocking)
 
     def close(self):
@@ -141,7 +146,7 @@ class Prefetch(Sources):
                 found[kind] = counters
         return found
 
-    def _moves(self, destination, source):
+    def _moves(self, destination, source, non_blocking):
         """Move it, if that is better than torch's way; returns whether it was."""
         if (
             self._library is None
@@ -168,6 +173,10 @@ class Prefetch(Sources):
         if mapping is not None:
             result = self._from_file(mapping, source, destination, stream)
         elif num_bytes >= SMALLEST_BYTES:
+            # Page-locked memory needs no copy of the host's, and an engine that asked not to wait for it knows when it
+            # may write there again.
+            if non_blocking and source.is_pinned():
+                return False
             reader = self._reader("memory")
             result = reader and self._library.fp8_ahead_memory(
                 reader, source.data_ptr(), row_bytes, pitch, num_rows, destination.data_ptr(), stream
@@ -218,16 +227,19 @@ class Prefetch(Sources):
                 return mapping
         at = bisect.bisect_right(self._elsewhere, (start, 1 << 64)) - 1
         if at >= 0 and end <= self._elsewhere[at][1]:
-            self._looks += 1
-            if self._looks % LOOKS:
+            self._low, self._high = self._elsewhere[at]
+            if time.perf_counter() < self._look_again:
                 return None
-        self._elsewhere, found = [], None
+        self._elsewhere, self._low, self._high, found = [], 0, 0, None
+        began = time.perf_counter()
         for first, last, described in _mapped():
             if described is not None and first <= start and end <= last:
                 found = self._known(first, last, *described, source.untyped_storage())
                 described = found and described
             if described is None:
                 self._elsewhere.append((first, last))
+        now = time.perf_counter()
+        self._look_again = now + (now - began) / LOOKED_UP
         return found
 
     def _known(self, start, end, offset, device, inode, path, keeps):
