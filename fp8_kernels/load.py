@@ -90,7 +90,7 @@ def load_checkpoint(
         if isinstance(source, Checkpoint):
             stored = stored_schemes(source)
             if span_by_span(source, model, {} if as_it_is else stored, device, transfer):
-                spans = stack.enter_context(SpanLoad(source, device, Rules(**rules)))
+                spans = stack.enter_context(SpanLoad(source, device, Rules(**rules), model))
         keep_precision(model)
         if hasattr(model, "tie_weights"):
             model.tie_weights()  # while that is free: the loader then sees one storage

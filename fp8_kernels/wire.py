@@ -26,7 +26,7 @@ _EARLY_BYTES = 16 << 20
 # What arrives before the load is planned lies where the model's later weights will, if there are enough of them.
 _AHEAD_BYTES = 2 << 30
 _SMALL_BYTES = 1 << 20  # tensors up to this, torch's allocator takes from elsewhere
-_SLACK_BYTES = 32 << 20  # for gaps between what lies there for a while
+_SLACK_BYTES = 64 << 20  # for the ring, and for weights that files cut apart
 
 
 def suits(checkpoint: Checkpoint, device: torch.device, way: str) -> bool:
@@ -59,9 +59,10 @@ class SpanLoad:
         checkpoint: of safetensors files.
         device: where to.
         rules: what will pass through.
+        model: that they are for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, rules: Rules):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, rules: Rules, model: torch.nn.Module):
         self._checkpoint, self._device, self._infos = checkpoint, device, checkpoint.metadata()
         self._early: dict[str, tuple[torch.Tensor, int] | None] = {}
         self._made_bytes = 0  # of FP8, if all else becomes that
@@ -71,6 +72,8 @@ class SpanLoad:
                 self._early[name] = None
             elif size > _SMALL_BYTES:
                 self._made_bytes += size // info.dtype.itemsize
+        early = {self._infos[name].shape for name in self._early}
+        self._largest = max((p.numel() for p in model.parameters() if tuple(p.shape) not in early), default=0)
         self._spans, self._arriving = [], None
         files = [checkpoint.folder / file for file in checkpoint.files]
         self._transfer = Transfer(device, Options.for_files(files))
@@ -84,9 +87,10 @@ class SpanLoad:
                 tensor = torch.empty(info.shape, dtype=info.dtype, device=self._device)
                 path = str(self._checkpoint.folder / info.file)
                 self._early[name] = tensor, transfer.fetch(Span(path, info.offset, info.num_bytes), tensor)
-            reserve(self._device, [self._made_bytes + _SLACK_BYTES])
+            ahead = 0
+            if reserve(self._device, self._made_bytes, self._largest, _SLACK_BYTES) or self._device.type == "cpu":
+                ahead = min(self._made_bytes // 8, _AHEAD_BYTES) if self._made_bytes >= 2 * _AHEAD_BYTES else 0
             self._spans = make_spans(self._checkpoint, without=self._early)
-            ahead = min(self._made_bytes // 8, _AHEAD_BYTES) if self._made_bytes >= 2 * _AHEAD_BYTES else 0
             self._arriving = transfer.start([span for span, _ in self._spans if span.num_bytes], ahead)
         except BaseException:
             self.__exit__()

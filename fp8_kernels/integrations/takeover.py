@@ -150,7 +150,7 @@ class Load:
         with no_collection(), ExitStack() as stack:
             spans = None
             if self._by_spans:
-                spans = stack.enter_context(SpanLoad(self._checkpoint, self._device, Rules(**self._rules)))
+                spans = stack.enter_context(SpanLoad(self._checkpoint, self._device, Rules(**self._rules), model))
             amax = {} if self._checkpoint is None else known_maxima(model, self._checkpoint, self._rules)
             options = {"device": self._device, "dtype": self._config.dtype, "optional": optional, "amax": amax}
             loader = LayerwiseLoader(model, **options, **self._rules)

@@ -32,6 +32,8 @@ from .staging import Tracked
 from .unit import Unit
 from .writes import Writes
 
+_SLACK_BYTES = 96 << 20  # of staging and of what is read ahead
+
 
 @dataclass(frozen=True)
 class Hooks:
@@ -88,7 +90,8 @@ class Session:
     def start(self):
         """From now on, what this thread writes to the plan's tensors is seen."""
         if self._reload is None and self.given is None:
-            reserve(self._device, map(self._bytes_to_make, self.plan.entries))
+            sizes = list(map(self._bytes_to_make, self.plan.entries))
+            reserve(self._device, sum(sizes), max(sizes, default=0), _SLACK_BYTES)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._reload is not None:
