@@ -26,17 +26,12 @@ import torch
 import transformers
 
 import fp8_kernels as fk
-from bench import running
+from bench import engine_tables, running
 
 RESULTS = Path(__file__).parent / "results"
-MIB, GIB = 1 << 20, 1 << 30
-EXCESS_BAR, LOAD_BAR = 0.6 * GIB, 1.5
+GIB = 1 << 30
 FILE_BYTES = 4 << 30
 WAYS = ("bf16", "stock FineGrainedFP8", "Fp8KernelsConfig", "load_model")
-LOAD_HEAD = (
-    "| way | first load, s | best, s | resident, GiB | allocated above | reserved above |",
-    "| --- | ---: | ---: | ---: | ---: | ---: |",
-)
 MOE = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -159,7 +154,7 @@ def load_each(folder: Path, ways, scheme: str, device: torch.device, rounds: int
             found[way].append({"seconds": seconds, "resident": torch.cuda.memory_allocated(), **peak.seen})
             del model
             gc.collect()
-        print(load_row(way, found[way]), flush=True)
+        print(engine_tables.load_row(way, found[way]), flush=True)
     return found
 
 
@@ -184,34 +179,6 @@ class _Peak:
     def _note_and_reset(self, device=None):
         self._note()
         self._reset(device)
-
-
-def load_row(way: str, runs: list[dict]) -> str:
-    best = min(runs, key=lambda run: run["seconds"])
-    excess = [max(run[key] - run["resident"] for run in runs) / GIB for key in ("peak_allocated", "peak_reserved")]
-    cells = [f"{x:.2f}" for x in (runs[0]["seconds"], best["seconds"], best["resident"] / GIB, *excess)]
-    return f"| {' | '.join((way, *cells))} |"
-
-
-def table(result: dict) -> str:
-    """Markdown of saved results."""
-    lines = [*LOAD_HEAD, *(load_row(way, runs) for way, runs in result["load"].items())]
-    return "\n".join([*lines, "", *running.run_table(result["run"])])
-
-
-def load_bars(found: dict) -> list[str]:
-    """What was asked of the load, and whether it is so."""
-    lines, stock = [], found.get("stock FineGrainedFP8")
-    for way in ("Fp8KernelsConfig", "load_model"):
-        if way in found:
-            excess = max(run["peak_allocated"] - run["resident"] for run in found[way])
-            verdict = "met" if excess <= EXCESS_BAR else "MISSED"
-            lines.append(f"{way}: {excess / GIB:.2f} GiB above resident, bar {EXCESS_BAR / GIB:.1f}: {verdict}")
-    if stock and "Fp8KernelsConfig" in found:
-        times = [min(run["seconds"] for run in runs) for runs in (stock, found["Fp8KernelsConfig"])]
-        verdict = "met" if times[0] / times[1] >= LOAD_BAR else "MISSED"
-        lines.append(f"from_pretrained: {times[0] / times[1]:.2f} of stock's speed, bar {LOAD_BAR}: {verdict}")
-    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,9 +208,9 @@ def main(argv: list[str] | None = None) -> int:
             start = time.perf_counter()
             write_checkpoint(folder, MOE | fewer)
             print(f"wrote {folder} in {time.perf_counter() - start:.1f} s\n", flush=True)
-        print(*LOAD_HEAD, sep="\n", flush=True)
+        print(*engine_tables.LOAD_HEAD, sep="\n", flush=True)
         result["load"] = load_each(folder, args.ways, args.scheme, device, args.rounds)
-        lines += load_bars(result["load"])
+        lines += engine_tables.load_bars(result["load"])
         if not args.folder:
             shutil.rmtree(folder)
     if args.run or not args.load:

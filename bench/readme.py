@@ -1,5 +1,5 @@
-"""Writes the tables of saved results into bench/README.md, each between its two marks: kernels, the cost of loads, and
-whole loads.
+"""Writes the tables of saved results into bench/README.md, each between its two marks: kernels, the cost of loads,
+whole loads, and models inside transformers.
 
 python -m bench.readme
 """
@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import load_tables, loader
+from bench import engine_tables, load_tables, loader
 from bench.bars import bars_table
 from bench.host import table as host_table
 from bench.kernels import RESULTS
@@ -19,6 +19,7 @@ from bench.tables import peer_table, report
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 COST_BEGIN, COST_END = "<!-- loads -->\n", "<!-- end of loads -->\n"
+MODELS_BEGIN, MODELS_END = "<!-- models -->\n", "<!-- end of models -->\n"
 LOAD_BEGIN, LOAD_END = "<!-- checkpoints -->\n", "<!-- end of checkpoints -->\n"
 SHOWN = (128, 1536, 2048)  # where every implementation is listed
 
@@ -58,6 +59,16 @@ def load_block() -> str:
     return "\n" + "".join(f"{part}\n\n" for part in parts)
 
 
+def models_block() -> str:
+    """Markdown of every saved run of `bench.engines`."""
+    parts = []
+    for file in sorted(RESULTS.glob("engines_*.json")):
+        result = json.loads(file.read_text())
+        parts.append(f"{result['device']}, transformers {result['transformers']} ([results](results/{file.name})):")
+        parts += [engine_tables.table(result), "\n".join(f"- {line}" for line in engine_tables.bars(result))]
+    return "\n" + "".join(f"{part}\n\n" for part in parts)
+
+
 def shown(begin: str = BEGIN, end: str = END) -> str:
     """What stands between two marks now."""
     return README.read_text().partition(begin)[2].partition(end)[0]
@@ -69,6 +80,7 @@ def main() -> int:
         (BEGIN, END, block()),
         (COST_BEGIN, COST_END, cost_block()),
         (LOAD_BEGIN, LOAD_END, load_block()),
+        (MODELS_BEGIN, MODELS_END, models_block()),
     ):
         before, _, rest = text.partition(begin)
         text = before + begin + made + end + rest.partition(end)[2]

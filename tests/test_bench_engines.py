@@ -3,7 +3,7 @@
 import torch
 
 import fp8_kernels as fk
-from bench import engines, running
+from bench import engine_tables, engines, readme, running
 
 
 def test_checkpoint_is_of_the_models_shapes(tmp_path):
@@ -28,10 +28,10 @@ def test_bars_compare_with_what_was_measured():
         "Fp8KernelsConfig": run(2.9, 600 << 20),
         "load_model": run(1, 1 << 30),
     }
-    verdicts = [line.rsplit(" ", 1)[1] for line in engines.load_bars(found)]
+    verdicts = [line.rsplit(" ", 1)[1] for line in engine_tables.load_bars(found)]
     assert verdicts == ["met", "MISSED", "met"]
     found["Fp8KernelsConfig"] = run(3.1, 700 << 20)
-    verdicts = [line.rsplit(" ", 1)[1] for line in engines.load_bars(found)]
+    verdicts = [line.rsplit(" ", 1)[1] for line in engine_tables.load_bars(found)]
     assert verdicts == ["MISSED", "MISSED", "MISSED"]
     times = {"bf16": {"prefill": 14.0, "token": 5.0, "prefill, compiled": 13.0}, "fp8": dict.fromkeys(
         ("prefill", "token", "prefill, compiled"), 10.0)}  # fmt: skip
@@ -45,3 +45,9 @@ def test_running_is_measured_where_there_is_no_gpu():
     found = running.run_both(running.DENSE | small, torch.device("cpu"), "per_channel", 129)
     assert all(ms > 0 for kind in ("bf16", "fp8") for ms in found[kind].values())
     assert len(running.run_table(found)) == 5
+
+
+def test_the_readme_holds_what_was_measured():
+    """The tables of models in bench/README.md are what the results files render to."""
+    assert readme.shown(readme.MODELS_BEGIN, readme.MODELS_END) == readme.models_block()
+    assert "Fp8KernelsConfig" in readme.models_block()
