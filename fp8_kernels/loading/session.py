@@ -93,6 +93,7 @@ class Session:
             sizes = list(map(self._bytes_to_make, self.plan.entries))
             reserve(self._device, sum(sizes), max(sizes, default=0), _SLACK_BYTES)
         if self._device.type == "cuda":
+            torch.cuda.init()  # a load may be the first that the process does on a GPU
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._reload is not None:
             self._reload.stage(self.plan)
