@@ -65,13 +65,9 @@ def load_timeline(found: dict, axes):
     for lane, (name, shares) in enumerate(reversed(found["lanes"].items())):
         if name == "host waits":
             name, shares = "host, not waiting", [1 - share for share in shares]
-        axes.bar(
-            [(i + 0.5) * width for i in range(len(shares))],
-            [0.9 * share for share in shares],
-            width,
-            bottom=lane,
-            color=f"C{lane}",
-        )
+        times = [i * width for i in range(len(shares) + 1)]
+        tops = [lane + 0.9 * share for share in (*shares, shares[-1])]
+        axes.fill_between(times, lane, tops, step="post", color=f"C{lane}", linewidth=0)
         axes.annotate(name, (0, lane + 0.92), fontsize=8, va="bottom")
     axes.set(xlabel="ms", yticks=[], ylim=(0, len(found["lanes"]) + 0.2))
     axes.set_title(f"{found['model']}, {found['scheme']}: how busy, moment by moment")

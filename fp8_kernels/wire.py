@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .checkpoint import Checkpoint
-from .checkpoint.spans import Piece, make_spans
+from .checkpoint.spans import SPAN_BYTES, Piece, make_spans
 from .errors import LoadError
 from .loading import LayerwiseLoader
 from .loading.copy_counter import BelowModes
@@ -18,7 +18,7 @@ from .loading.plan import listed
 from .loading.reserve import reserve
 from .loading.rules import Rules
 from .loading.staging import Tracked
-from .loading.transfer import Memory, Options, Span, Transfer
+from .loading.transfer import RING_BYTES, Memory, Options, Span, Transfer
 from .names import Destination, Names
 
 WAYS = ("auto", "spans", "mapped")
@@ -26,6 +26,7 @@ _EARLY_BYTES = 16 << 20
 # What arrives before the load is planned lies where the model's later weights will, if there are enough of them.
 _AHEAD_BYTES = 2 << 30
 _SMALL_BYTES = 1 << 20  # tensors up to this, torch's allocator takes from elsewhere
+_SPANS, _SMALLEST_SPAN_BYTES = 8, 1 << 20  # at least so many; but none smaller than that
 _SLACK_BYTES = 64 << 20  # for the ring, and for weights that files cut apart
 
 
@@ -76,7 +77,11 @@ class SpanLoad:
         self._largest = max((p.numel() for p in model.parameters() if tuple(p.shape) not in early), default=0)
         self._spans, self._arriving = [], None
         files = [checkpoint.folder / file for file in checkpoint.files]
-        self._transfer = Transfer(device, Options.for_files(files))
+        # Of a small checkpoint a share is under way at a time; no tensor is cut for that.
+        sizes = [info.num_bytes for info in self._infos.values()]
+        self._span_bytes = min(max(sum(sizes) // _SPANS, *sizes, _SMALLEST_SPAN_BYTES), SPAN_BYTES)
+        ring_bytes = RING_BYTES * self._span_bytes // SPAN_BYTES
+        self._transfer = Transfer(device, Options.for_files(files), ring_bytes)
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> SpanLoad:
@@ -90,7 +95,7 @@ class SpanLoad:
             ahead = 0
             if reserve(self._device, self._made_bytes, self._largest, _SLACK_BYTES) or self._device.type == "cpu":
                 ahead = min(self._made_bytes // 8, _AHEAD_BYTES) if self._made_bytes >= 2 * _AHEAD_BYTES else 0
-            self._spans = make_spans(self._checkpoint, without=self._early)
+            self._spans = make_spans(self._checkpoint, self._span_bytes, without=self._early)
             self._arriving = transfer.start([span for span, _ in self._spans if span.num_bytes], ahead)
         except BaseException:
             self.__exit__()

@@ -5,11 +5,13 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fp8_kernels import wire
 from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
 from fp8_kernels.errors import CheckpointError, IncompleteLoadError, LoadError, NonFiniteWeightError
 from fp8_kernels.load import load_checkpoint, load_model
+from fp8_kernels.loading.rules import Rules
 from fp8_kernels.loading.transfer import Memory
 
 from . import models
@@ -55,12 +57,25 @@ def test_equal_to_the_load_of_mapped_tensors(folders, family, scheme, span, earl
     monkeypatch.setattr(wire, "_AHEAD_BYTES", ahead)
     monkeypatch.setattr(wire, "_SMALL_BYTES", 1000)
     make = wire.make_spans
-    monkeypatch.setattr(wire, "make_spans", lambda checkpoint, **options: make(checkpoint, span, **options))
+    monkeypatch.setattr(wire, "make_spans", lambda checkpoint, _, **options: make(checkpoint, span, **options))
     loaded = [load_model(folders(family), scheme, device="cpu", transfer=way) for way in ("mapped", "spans")]
     (mapped, by_tensor), (spans, by_span) = loaded
     assert_same(mapped, spans)
     assert by_span.transfer_bytes == by_span.bytes_in == by_tensor.bytes_in
     assert by_tensor.transfer is None and "slots" in by_span.transfer and by_span.transfer in str(by_span)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(256, 1 << 20), (2048, 8 << 20)])
+def test_a_small_checkpoint_is_under_way_in_parts(rows, most, tmp_path):
+    """Sixteen weights, of 0.5 MiB and of 4: an eighth of them arrives at a time, and none is cut for that."""
+    weights = {f"fc{i}.weight": torch.randn(rows, 1024).bfloat16() for i in range(16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    checkpoint, model = open_checkpoint(tmp_path), nn.Module()
+    with wire.SpanLoad(checkpoint, torch.device("cpu"), Rules("per_channel"), model) as load:
+        spans = [span.num_bytes for span, _ in load._spans]
+        assert max(spans) <= most and sum(spans) == checkpoint.metadata()["fc0.weight"].num_bytes * 16
+        assert all(piece.whole for _, pieces in load._spans for piece in pieces)
+        assert load._transfer._ring_bytes < 3 * most
 
 
 def test_a_folder_that_is_fp8_already_is_taken_as_it_is(folders, tmp_path):
