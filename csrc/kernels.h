@@ -169,7 +169,7 @@ void plan_ring(RingParams& params);
 void launch_quantize_ring(const RingParams& params, InputType type, cudaStream_t stream);
 
 // One launch, for devices that have the ring: w at a multiple of 16 bytes, q at one of 8, a multiple of 8 elements.
-void launch_quantize_whole(WholeParams params, InputType type, cudaStream_t stream);
+void launch_quantize_whole(const WholeParams& params, InputType type, cudaStream_t stream);
 
 // One launch; reads w twice. `mailboxes`: split.num_mailboxes words, of any content, for the launch alone.
 void launch_quantize_split(const QuantizeParams& params, const Split& split, uint32_t* mailboxes, InputType type,

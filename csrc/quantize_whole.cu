@@ -77,28 +77,37 @@ __device__ Vec<T> kept_vec(const uint8_t* memory, int i) {
   return load_whole_vec(reinterpret_cast<const T*>(memory + i * Sizes<T>::kChunkBytes + threadIdx.x * Sizes<T>::kVecBytes));
 }
 
+// Cast all chunks. Unless kPlain, which is rare but for vLLM's numerics, what is held is read again: less code before the
+// usual one.
 template <typename T, Fp8Type kType, bool kPlain>
 __device__ void cast_chunks(const Chunks<T>& chunks, const Vec<T>* held, const uint8_t* memory,
                             const ScaleDivider& divide) {
   using S = Sizes<T>;
+  int streamed = chunks.streamed;
+  if constexpr (kPlain) {
 #pragma unroll
-  for (int i = 0; i < S::kHeld; ++i) {
-    chunks.template store<kType, kPlain>(chunks.kept + chunks.streamed + i, held[i], divide);
+    for (int i = 0; i < S::kHeld; ++i) {
+      chunks.template store<kType, true>(chunks.kept + streamed + i, held[i], divide);
+    }
+  } else {
+    streamed = (chunks.num - chunks.kept + S::kStreamed - 1) / S::kStreamed * S::kStreamed;
   }
-  for (int i = chunks.kept + chunks.streamed - S::kStreamed; i >= chunks.kept; i -= S::kStreamed) {
+  for (int i = chunks.kept + streamed - S::kStreamed; i >= chunks.kept; i -= S::kStreamed) {
     Vec<T> vecs[S::kStreamed];
 #pragma unroll
     for (int j = 0; j < S::kStreamed; ++j) vecs[j] = chunks.load(i + j);
 #pragma unroll
     for (int j = 0; j < S::kStreamed; ++j) chunks.template store<kType, kPlain>(i + j, vecs[j], divide);
   }
-#pragma unroll 2
+#pragma unroll 1
   for (int i = 0; i < chunks.kept; ++i) {
     chunks.template store<kType, kPlain>(i, kept_vec<T>(memory, i), divide);
   }
 }
 
-template <typename T>
+// The FP8 type is a constant and the usual cast comes first, so that what is executed lies together: after other kernels
+// the instructions come from memory, and the cast's would at the worst moment.
+template <typename T, Fp8Type kType>
 __global__ void __launch_bounds__(kNumThreads, 1) quantize_whole_kernel(const __grid_constant__ WholeParams p) {
 #if __CUDA_ARCH__ >= 900
   using S = Sizes<T>;
@@ -159,37 +168,40 @@ __global__ void __launch_bounds__(kNumThreads, 1) quantize_whole_kernel(const __
     if (thread == 0) warp_max[0] = acc;
   }
   __syncthreads();
-  const uint32_t stored = stored_scale(float_of(warp_max[0]), p.fp8_type, p.pow2, p.scale_type, p.rule);
+  const uint32_t stored = stored_scale(float_of(warp_max[0]), kType, p.pow2, p.scale_type, p.rule);
   if (blockIdx.x == 0 && thread == 0) store_scale(stored, p.scale, 0, p.scale_type);
 
   // Cast.
   const ScaleDivider divide(scale_value(stored, p.scale_type), p.rule);
-  if (p.fp8_type == Fp8Type::kE4M3) {
-    divide.is_plain() ? cast_chunks<T, Fp8Type::kE4M3, true>(chunks, held, memory, divide)
-                      : cast_chunks<T, Fp8Type::kE4M3, false>(chunks, held, memory, divide);
-  } else {
-    divide.is_plain() ? cast_chunks<T, Fp8Type::kE5M2, true>(chunks, held, memory, divide)
-                      : cast_chunks<T, Fp8Type::kE5M2, false>(chunks, held, memory, divide);
+  if (!divide.is_plain()) {
+    cast_chunks<T, kType, false>(chunks, held, memory, divide);
+    return;
   }
+  cast_chunks<T, kType, true>(chunks, held, memory, divide);
 #endif
+}
+
+template <typename T, Fp8Type kType>
+void launch(WholeParams params, cudaStream_t stream) {
+  using S = Sizes<T>;
+  const auto* kernel = reinterpret_cast<const void*>(quantize_whole_kernel<T, kType>);
+  const int64_t chunks = (params.bytes + S::kChunkBytes - 1) / S::kChunkBytes;
+  const int64_t blocks = std::min<int64_t>(num_processors(), chunks);
+  params.chunks_per_block = static_cast<int32_t>(chunks / blocks);
+  params.blocks_with_more = static_cast<int32_t>(chunks % blocks);
+  constexpr int kMemory = S::kKept * S::kChunkBytes;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory);
+  void* arguments[] = {&params};
+  const dim3 grid(static_cast<unsigned>(blocks));
+  cudaLaunchCooperativeKernel(kernel, grid, dim3(kNumThreads), arguments, kMemory, stream);
+  check_launch();
 }
 
 }  // namespace
 
-void launch_quantize_whole(WholeParams params, InputType type, cudaStream_t stream) {
+void launch_quantize_whole(const WholeParams& params, InputType type, cudaStream_t stream) {
   dispatch_input(type, [&](auto element) {
-    using S = Sizes<decltype(element)>;
-    const auto* kernel = reinterpret_cast<const void*>(quantize_whole_kernel<decltype(element)>);
-    const int64_t chunks = (params.bytes + S::kChunkBytes - 1) / S::kChunkBytes;
-    const int64_t blocks = std::min<int64_t>(num_processors(), chunks);
-    params.chunks_per_block = static_cast<int32_t>(chunks / blocks);
-    params.blocks_with_more = static_cast<int32_t>(chunks % blocks);
-    constexpr int kMemory = S::kKept * S::kChunkBytes;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory);
-    void* arguments[] = {&params};
-    const dim3 grid(static_cast<unsigned>(blocks));
-    cudaLaunchCooperativeKernel(kernel, grid, dim3(kNumThreads), arguments, kMemory, stream);
-    check_launch();
+    dispatch_fp8(params.fp8_type, [&](auto fp8) { launch<decltype(element), fp8.value>(params, stream); });
   });
 }
 
