@@ -20,6 +20,22 @@ def seeded(request):
     numpy.random.seed(seed)
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Checkpoints of the tiny models, name -> folder, written once."""
+    from . import models  # not in every environment that tests run in
+
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            torch.manual_seed(0)
+            made[name] = models.save(getattr(models, name)(), tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -28,20 +28,6 @@ pytest.importorskip("transformers", minversion="5.0")
 SCHEMES = ("per_tensor", "per_channel", "per_block", "per_group", "mxfp8")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Checkpoints of the tiny models, written once."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            torch.manual_seed(0)
-            made[name] = models.save(getattr(models, name)(), tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
 def original(folder, **options):
     from transformers import AutoModelForCausalLM
 

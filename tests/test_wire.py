@@ -14,27 +14,12 @@ from fp8_kernels.load import load_checkpoint, load_model
 from fp8_kernels.loading.rules import Rules
 from fp8_kernels.loading.transfer import Memory
 
-from . import models
 from .loading.helpers import Model, values
 
 pytest.importorskip("transformers", minversion="5.0")
 
 SCHEMES = ("per_tensor", "per_channel", "per_block", "per_group", "mxfp8")
 FAMILIES = ("tiny_llama", "tiny_qwen3_moe", "tiny_mixtral")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Checkpoints of the tiny models, written once."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            torch.manual_seed(0)
-            made[name] = models.save(getattr(models, name)(), tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
 
 
 def assert_same(a, b):

@@ -205,16 +205,21 @@ def _with_real_data(writes, func, args, kwargs):
     return func(*args, **kwargs)
 
 
-def _asarray(writes, func, args, kwargs):
-    """What a storage or an array holds, as `safe_open` gives it: that is nothing tracked, whatever ops it takes."""
-    if isinstance(args[0], torch.Tensor) or _is_meta(kwargs.get("device")) or _num_modes() != 1:
-        return _with_real_data(writes, func, args, kwargs)
+def _unseen(func, args, kwargs):
+    """Call below this thread's dispatch modes."""
     guard = None
     try:
         guard = _BelowDispatch()
         return func(*args, **kwargs)
     finally:
         del guard
+
+
+def _asarray(writes, func, args, kwargs):
+    """What a storage or an array holds, as `safe_open` gives it: that is nothing tracked, whatever ops it takes."""
+    if isinstance(args[0], torch.Tensor) or _is_meta(kwargs.get("device")) or _num_modes() != 1:
+        return _with_real_data(writes, func, args, kwargs)
+    return _unseen(func, args, kwargs)
 
 
 def _reshape(writes, func, args, kwargs):
@@ -222,12 +227,7 @@ def _reshape(writes, func, args, kwargs):
     known = args[0].is_meta or writes.has_tied_real or type(args[0]).__torch_dispatch__ is not _NO_DISPATCH
     if known or _num_modes() != 1:
         return func(*args, **kwargs)
-    guard = None
-    try:
-        guard = _BelowDispatch()
-        return func(*args, **kwargs)
-    finally:
-        del guard
+    return _unseen(func, args, kwargs)
 
 
 def _new_tensor(writes, func, args, kwargs):
