@@ -86,6 +86,7 @@ def test_merged_experts_are_never_whole_in_high_precision(tmp_path, scheme):
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before, peaks = torch.cuda.memory_allocated(), []
+    idle = torch.cuda.memory_reserved() - before  # held from before, in segments that something else is in as well
     torch.cuda.reset_peak_memory_stats()
     reset = torch.cuda.reset_peak_memory_stats
 
@@ -101,7 +102,7 @@ def test_merged_experts_are_never_whole_in_high_precision(tmp_path, scheme):
     allocated, reserved = map(max, zip(*peaks, strict=True))
     assert sum(t.nbytes for t in model.parameters()) <= resident - before
     assert allocated - resident <= 128 * MIB
-    assert reserved - resident <= 256 * MIB
+    assert reserved - resident - idle <= 256 * MIB
 
 
 @torch.no_grad()
