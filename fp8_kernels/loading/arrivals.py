@@ -118,7 +118,9 @@ class Arrivals:
         if let_go_first:
             self._hands.let_go(hand, units)
         place, tracked = _part(unit.open(dtype), unit.shape[1], box), unit.tracked
-        if tracked.one_scale and tracked.unit_numel * dtype.itemsize > ACCUMULATE_BYTES:
+        is_large = tracked.unit_numel * dtype.itemsize > ACCUMULATE_BYTES
+        # Padding may arrive with a shard, and is outside of every scale.
+        if is_large and tracked.one_scale and tracked.unit_logical == tracked.unit_shape:
             self._bring_and_look(unit, place, source, non_blocking)
         else:
             self._bring(place, source, non_blocking)

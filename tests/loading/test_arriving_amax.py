@@ -82,3 +82,13 @@ def test_small_units_are_read_once_anyway(given, monkeypatch):
         for start in (0, 32):
             model.fc.weight.data[start : start + 32].copy_(w[start : start + 32])
     assert given == [None]
+
+
+def test_padding_that_arrives_is_outside_of_the_maximum(given):
+    """A shard that fills the padding of a large weight too does not raise its scale."""
+    w, model = values(64, 96), Model(fc=(64, 96))
+    w[48:], w[:, 80:] = 1000.0, -1000.0
+    with LayerwiseLoader(model, "per_tensor", device="cpu", logical_shapes={"fc": (48, 80)}):
+        model.fc.weight.data.copy_(w)
+    w[48:], w[:, 80:] = 0.0, 0.0
+    assert_quantized(model, "fc.weight", w, "per_tensor")
