@@ -82,6 +82,7 @@ def load_checkpoint(
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(source, (str, os.PathLike)):
         source = open_checkpoint(source)
+    is_iterable = not isinstance(source, Checkpoint)
     with no_collection(), ExitStack() as stack:
         spans, total, stored, kept, amax = None, 0, {}, {}, {}
         rules = {"ignore": list(ignore), "include": list(include), "schemes": schemes}
@@ -113,7 +114,7 @@ def load_checkpoint(
             if spans is not None:
                 spans.into(loader, names, progress)
             else:
-                copy_all(loader, source, names, stored, total, progress)
+                copy_all(loader, source, names, stored, total, progress, reuses_memory=is_iterable)
         loader.report.passed_through.update(kept)
         if runnable:
             chosen = {name: entry.scheme for entry in loader.plan.quantized for name in entry.names}
@@ -178,7 +179,7 @@ def span_by_span(checkpoint: Checkpoint, model, codes, device: torch.device, tra
     return True
 
 
-def copy_all(loader, tensors, names, stored=None, total=0, progress=None):
+def copy_all(loader, tensors, names, stored=None, total=0, progress=None, reuses_memory=False):
     """Copy each tensor to where it belongs, inside the loader.
 
     Args:
@@ -187,6 +188,7 @@ def copy_all(loader, tensors, names, stored=None, total=0, progress=None):
         stored: name of FP8 codes -> what their scales cover, where shapes do not tell.
         total: bytes of all tensors; 0 where that is not known.
         progress: called with (bytes done, bytes in all, name).
+        reuses_memory: a tensor may be overwritten once the next one is asked for.
 
     Raises:
         LoadError: of another shape, or without a place in the model.
@@ -194,7 +196,7 @@ def copy_all(loader, tensors, names, stored=None, total=0, progress=None):
     model, stored = loader.model, stored or {}
     targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     unexpected, done = [], 0
-    for name, tensor, scale in _with_scales(tensors, names):
+    for name, tensor, scale in _with_scales(tensors, names, reuses_memory):
         done += tensor.nbytes
         destination = names.find(name)
         if destination is None:
@@ -220,16 +222,17 @@ def copy_all(loader, tensors, names, stored=None, total=0, progress=None):
         )
 
 
-def _with_scales(tensors, names):
+def _with_scales(tensors, names, reuses_memory):
     """Each (name, tensor, None); FP8 weights that the model holds no scale for as (name, codes, scale), once both have
-    arrived. Codes without a scale come last, as they are."""
+    arrived. What has to wait is copied where its memory may be used again; codes without a scale come last, as they
+    are."""
     codes, scales = {}, {}
     for name, tensor in tensors:
         base = next((name.removesuffix(s) for s in SCALE_SUFFIXES if name.endswith(s)), None)
         if base is not None and names.find(name) is None and names.find(base) is not None:
-            scales[base] = name, tensor
+            scales[base] = name, tensor.clone() if reuses_memory and base not in codes else tensor
         elif tensor.dtype in FP8_DTYPES and all(names.find(name + s) is None for s in SCALE_SUFFIXES):
-            base, codes[name] = name, tensor
+            base, codes[name] = name, tensor.clone() if reuses_memory and name not in scales else tensor
         else:
             yield name, tensor, None
             continue

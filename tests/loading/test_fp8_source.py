@@ -124,3 +124,22 @@ def test_load_checkpoint_pairs_codes_with_scales(scale_first, suffix):
         model = nn.Sequential(nn.Linear(256, 384, dtype=torch.bfloat16), nn.Linear(384, 6, dtype=torch.bfloat16))
     with pytest.raises(LoadError, match="`0.weight` must be loaded from high precision"):
         fk.load_checkpoint(model, [pair[0], *rest], "per_block", device="cpu")
+
+
+@pytest.mark.parametrize("scale_first", [True, False])
+def test_load_checkpoint_copies_what_waits_for_its_partner(scale_first):
+    """An iterable may use one buffer for all that it gives: the first of codes and scale has been read when the second
+    is asked for."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 384, bias=False, dtype=torch.bfloat16))
+    q, scale = fk.quantize(values(384, 256))
+    buffer = torch.empty(q.nbytes, dtype=torch.uint8)
+
+    def tensors():
+        pair = [("0.weight", q), ("0.weight_scale", scale)]
+        for name, t in pair[::-1] if scale_first else pair:
+            yield name, buffer[: t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+            buffer.fill_(1)
+
+    fk.load_checkpoint(model, tensors(), device="cpu")
+    _assert_codes(model[0], q, scale)
