@@ -14,7 +14,7 @@ except ImportError:  # Windows; there two processes must not make the same folde
 from ..errors import CheckpointError
 from .safetensors_file import TEMPORARY_SUFFIX, sync_folder
 
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX, REPLACED_SUFFIX = ".partial", ".replaced"
 _RECORD = ".conversion.json"
 _LOCK = ".lock"
 
@@ -37,12 +37,11 @@ class PartialFolder:
     """
 
     def __init__(self, dst: Path, identity: str, overwrite: bool = False):
-        self._dst, self._identity, self._overwrite, self._lock = dst, identity, overwrite, None
-        self.path = dst.with_name(dst.name + PARTIAL_SUFFIX)
-        if dst.exists() and not dst.is_dir():
+        self._identity, self._overwrite, self._lock = identity, overwrite, None
+        self._dst, self.path, self._replaced = folders_of(dst)
+        if self._dst.exists() and not self._dst.is_dir():
             raise CheckpointError(f"{dst} must be a folder, but a file has that name")
-        if dst.is_dir() and any(dst.iterdir()) and not overwrite:
-            raise CheckpointError(f"{dst} must not exist or be empty; overwrite=True replaces it")
+        self._check_may_replace()
 
     def __enter__(self):
         try:
@@ -100,25 +99,33 @@ class PartialFolder:
         try:
             for leftover in self.path.glob(f"*.safetensors{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
-            (self.path / _RECORD).unlink()
-            (self.path / _LOCK).unlink()
             sync_folder(self.path)
-            replaced = None
-            if self._dst.is_dir() and any(self._dst.iterdir()):
-                replaced = self._dst.with_name(self._dst.name + ".replaced")
-                self._dst.rename(replaced)
+            is_replaced = self._check_may_replace()
+            if is_replaced:
+                self._dst.rename(self._replaced)
             elif self._dst.is_dir():
                 self._dst.rmdir()
             self.path.rename(self._dst)
+            for name in (_RECORD, _LOCK):  # not before: what is stopped between can be resumed
+                (self._dst / name).unlink()
             sync_folder(self._dst.absolute().parent)
-            if replaced is not None:
-                shutil.rmtree(replaced)
+            if is_replaced:
+                shutil.rmtree(self._replaced)
         except OSError as error:
             raise CheckpointError(f"cannot rename {self.path} to {self._dst}: {error.strerror or error}") from error
 
     def discard(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _check_may_replace(self):
+        """Does `dst` hold something? Also asked at the end, since somebody may have put it there meanwhile."""
+        holds_something = self._dst.is_dir() and any(self._dst.iterdir())
+        if holds_something and not self._overwrite:
+            raise CheckpointError(f"{self._dst} must not exist or be empty; overwrite=True replaces it")
+        if holds_something and self._replaced.exists():
+            raise CheckpointError(f"{self._replaced} must not exist: what {self._dst} holds is moved there; remove it")
+        return holds_something
 
     def _holds_the_same(self):
         try:
@@ -139,3 +146,9 @@ class PartialFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def folders_of(dst: Path) -> tuple[Path, Path, Path]:
+    """Where the folder is made: `dst`, or what it is a link to; beside it the partial one, and what is replaced."""
+    dst = dst.resolve() if dst.is_symlink() else dst
+    return dst, dst.with_name(dst.name + PARTIAL_SUFFIX), dst.with_name(dst.name + REPLACED_SUFFIX)

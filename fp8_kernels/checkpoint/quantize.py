@@ -18,7 +18,7 @@ from ..loading.report import Report
 from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, as_scheme, dtype_name, scheme_name
 from .amax import read_amax
-from .folder import PartialFolder
+from .folder import PartialFolder, folders_of
 from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, check_treated_alike, family_of, module_of
 from .fp8_stream import as_high_precision
 from .output import FileOutput, Output
@@ -75,8 +75,7 @@ def quantize_checkpoint(
     stored = {name: _stored(item, fmt, dtype) for name, item in items.items()}
     quantizer = Quantizer(checkpoint, items, dtype, device)
     dst = Path(dst)
-    if not checkpoint.is_single_file and checkpoint.folder.resolve() in (dst.resolve(), *dst.resolve().parents):
-        raise CheckpointError(f"`dst` must lie outside of the source {checkpoint.folder}, got {dst}")
+    _refuse_overlap(checkpoint, dst)
     with PartialFolder(dst, _identity(checkpoint, fmt, items, dtype), overwrite) as folder:
         try:
             seconds = _write_weights(checkpoint, folder, items, quantizer, stored, progress)
@@ -348,6 +347,17 @@ def _refuse_quantized(checkpoint):
             raise CheckpointError(f"{folder} is quantized already (it holds `{name}`)")
 
 
+def _refuse_overlap(checkpoint, dst):
+    """Raise where the source would be written to, or replaced: it may hold the only copy of the weights."""
+    folder = checkpoint.folder.resolve()
+    if not checkpoint.is_single_file and folder in (dst.resolve(), *dst.resolve().parents):
+        raise CheckpointError(f"`dst` must lie outside of the source {checkpoint.folder}, got {dst}")
+    read = [folder, *((folder / file).resolve() for file in checkpoint.files)]
+    for made in folders_of(dst):
+        if any(made.resolve() in (path, *path.parents) for path in read):
+            raise CheckpointError(f"`dst` must not replace {made}, which holds the source, got {dst}")
+
+
 def _refuse_transposed(checkpoint):
     """Raise for checkpoints whose rows are not output channels."""
     folder, config = checkpoint.folder, checkpoint.config
@@ -376,7 +386,10 @@ def _identity(checkpoint, fmt, items, dtype):
     from .. import __version__  # not above: the package imports this module before it knows its version
 
     files = [*checkpoint.files, *checkpoint.other_files()]
-    stats = {file: os.stat(checkpoint.folder / file) for file in files}
+    try:
+        stats = {file: os.stat(checkpoint.folder / file) for file in files}
+    except OSError as error:  # a link to nowhere
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
     content = {
         "version": __version__,
         "source": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},

@@ -379,6 +379,91 @@ def test_a_folder_inside_of_its_source_is_refused(tmp_path):
     assert sorted(os.listdir(src)) == ["config.json", "model.safetensors"]
 
 
+def test_a_folder_that_holds_the_source_is_not_replaced(tmp_path):
+    """A parent of the source, the folder of a single file, and the names that a conversion gives its folders."""
+    src = tiny.write_single(tmp_path / "out" / "in", tiny.tensors(num_layers=1))
+    partial, replaced = (tiny.write_single(tmp_path / f"x.{end}", tiny.tensors()) for end in ("partial", "replaced"))
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    before = tiny.files(src), tiny.files(partial), tiny.files(replaced)
+    for source, dst in (
+        (src, tmp_path / "out"),
+        (src, tmp_path / "link"),
+        (src / "model.safetensors", src),
+        (src / "model.safetensors", tmp_path / "out"),
+        (partial, tmp_path / "x"),
+        (replaced, tmp_path / "x"),
+    ):
+        with pytest.raises(CheckpointError, match="`dst` must not replace .*, which holds the source"):
+            quantize_checkpoint(source, dst, overwrite=True)
+    assert (tiny.files(src), tiny.files(partial), tiny.files(replaced)) == before
+
+
+def test_what_is_put_into_dst_meanwhile_stays(tmp_path):
+    """It is refused at the end as it would have been at the start, and the work is not lost."""
+    src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+
+    def another(*_):
+        dst.mkdir(exist_ok=True)
+        (dst / "mine.txt").write_text("keep")
+
+    with pytest.raises(CheckpointError, match="out must not exist or be empty"):
+        quantize_checkpoint(src, dst, progress=another)
+    assert tiny.files(dst) == {"mine.txt": b"keep"}
+    made = (tmp_path / "out.partial" / "model.safetensors").stat().st_ino
+    (dst / "mine.txt").unlink()
+    quantize_checkpoint(src, dst)
+    assert verify_checkpoint(dst, src).ok and (dst / "model.safetensors").stat().st_ino == made
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_while_the_folder_gets_its_name(overwrite, tmp_path, monkeypatch):
+    """The same call again finishes it, whichever step it was, and keeps what was written."""
+    src = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1))
+    real, steps = os.rename, 2 if overwrite else 1
+    for step in range(steps):
+        dst, calls = tmp_path / f"out{step}", []
+        if overwrite:
+            tiny.write_single(dst, tiny.tensors())
+
+        def killed(*args, calls=calls, step=step, **kwargs):
+            calls.append(args)
+            if len(calls) > step:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", killed)
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(src, dst, overwrite=overwrite)
+        made = (tmp_path / f"out{step}.partial" / "model.safetensors").stat().st_mtime_ns
+        quantize_checkpoint(src, dst, overwrite=overwrite)
+        assert verify_checkpoint(dst, src).ok and (dst / "model.safetensors").stat().st_mtime_ns == made
+    if overwrite:  # moved away, and not replaced by the call that moved it
+        assert (tmp_path / "out1.replaced").exists()
+        with pytest.raises(CheckpointError, match="out1.replaced must not exist"):
+            quantize_checkpoint(src, dst, "per_tensor", overwrite=True)
+
+
+def test_dst_may_be_a_link(tmp_path):
+    """The folder that it leads to is made, or replaced, and the link stays."""
+    src = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for overwrite in (False, True):
+        quantize_checkpoint(src, tmp_path / "out", overwrite=overwrite)
+        assert verify_checkpoint(tmp_path / "disk", src).ok and (tmp_path / "out").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["disk", "in", "out"]
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    """Beside the weights; found before anything is written."""
+    src = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1))
+    (src / "tokenizer.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="cannot read .*tokenizer.json"):
+        quantize_checkpoint(src, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
 @pytest.mark.parametrize("scheme", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_all_listed(value, scheme, tmp_path):
