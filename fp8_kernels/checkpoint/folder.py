@@ -48,6 +48,8 @@ class PartialFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if not self._holds_the_same():
+                if not (self.path / _RECORD).exists():
+                    raise CheckpointError(f"{self.path} must not exist: it holds something else than a conversion")
                 if not self._overwrite:
                     raise CheckpointError(
                         f"{self.path} was left by a conversion with other options, of another source or by another "

@@ -398,6 +398,18 @@ def test_a_folder_that_holds_the_source_is_not_replaced(tmp_path):
     assert (tiny.files(src), tiny.files(partial), tiny.files(replaced)) == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_only_has_the_name_of_a_partial_one_stays(overwrite, tmp_path):
+    """No conversion has made it, so none deletes it."""
+    src = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1))
+    mine = tmp_path / "out.partial"
+    mine.mkdir()
+    (mine / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="out.partial must not exist"):
+        quantize_checkpoint(src, tmp_path / "out", overwrite=overwrite)
+    assert (mine / "mine.txt").read_text() == "keep"
+
+
 def test_what_is_put_into_dst_meanwhile_stays(tmp_path):
     """It is refused at the end as it would have been at the start, and the work is not lost."""
     src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
