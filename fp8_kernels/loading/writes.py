@@ -87,7 +87,10 @@ class Writes:
 
     def take(self, t: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
         """`t.copy_(source)` in the usual case, see `Arrivals`. Returns False, and has done nothing, in every other."""
-        known = self._by_storage.get(t.untyped_storage()._cdata)
+        try:
+            known = self._by_storage.get(t.untyped_storage()._cdata)
+        except NotImplementedError:  # sparse, or batched by vmap
+            return False
         if known is None:
             return False
         tracked, shape = known[0], t.shape

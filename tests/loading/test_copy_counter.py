@@ -213,7 +213,10 @@ def test_other_tensors_are_left_alone():
         assert torch.empty_like(meta).is_meta and torch.zeros(3, device="meta").is_meta
         layer = torch.nn.Linear(3, 4, device="meta")
         assert layer.weight.is_meta
-    assert x.tolist() == [12, 4, 12, 8, 10, 12]
+        sparse = torch.zeros(3, 3).to_sparse()
+        sparse.copy_(torch.eye(3).to_sparse())
+        torch.func.vmap(lambda row: row.copy_(row + 1))(x)
+    assert x.tolist() == [13, 5, 13, 9, 11, 13] and sparse.to_dense().equal(torch.eye(3))
     assert loader.report.shards == 1
 
 
