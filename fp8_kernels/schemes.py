@@ -203,6 +203,12 @@ def grid(num_rows: int, num_cols: int, block_n: int, block_k: int) -> tuple[int,
     return _num_blocks(num_rows, block_n), _num_blocks(num_cols, block_k)
 
 
+def have_same_groups(a: Scheme, b: Scheme, shape) -> bool:
+    """Does one scale of either cover the same elements of a weight of that shape? Shapes of scales do not tell."""
+    extents = (tuple(n if e == WHOLE else min(e, n) for n, e in zip(shape[-2:], s.block, strict=True)) for s in (a, b))
+    return next(extents) == next(extents) and a.segments == b.segments
+
+
 def by_segment(scheme: PerTensor, *tensors: torch.Tensor | None):
     """For each segment, the rows of it of weights `[..., N, K]`, and its element of scales `[..., len(segments)]`.
 

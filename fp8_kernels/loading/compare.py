@@ -64,3 +64,8 @@ def _exceeds(values, scale, fp8_dtype, block_n, block_k):
     """
     largest = torch.full_like(values, FP8_MAX[fp8_dtype], dtype=fp8_dtype)
     return values.float().abs() > dequantize(largest, scale, torch.float32, block_n, block_k) * (1 + 2**-20)
+
+
+def are_powers_of_two(scale: torch.Tensor) -> bool:
+    """Are all of these scales, as a power-of-two scheme stores them?"""
+    return scale.dtype == torch.float8_e8m0fnu or not bool((scale.float().view(torch.int32) & 0x7FFFFF).any())

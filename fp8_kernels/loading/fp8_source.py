@@ -27,7 +27,7 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
     if holds_nan(q):
         raise NonFiniteWeightError(f"{name}: its codes hold NaN or Inf")
     with torch.no_grad():
-        if not writes.take_codes(t, q, scale):
+        if not writes.take_codes(t, q, scale, scheme):
             _copy_dequantized(t, q, scale, scheme)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 
 from ..errors import ConflictingShardError, LoadError
+from ..schemes import Scheme, have_same_groups
 from .arena import Staging
 from .arrivals import Arrivals
+from .compare import are_powers_of_two
 from .coverage import Box
 from .hands import Hands
 from .op_info import OpInfo, op_info
@@ -137,13 +139,14 @@ class Writes:
             raise LoadError(f"a shard for {place} must be of that shape, got {tuple(source.shape)}")
         self.copy(view, source)
 
-    def take_codes(self, t: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> bool:
+    def take_codes(self, t: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, stored: Scheme) -> bool:
         """Codes and scales for a view of a weight, as they are. Returns False, and has done nothing, where the weight
         is of another format, the view is not of whole groups, or something was written there before.
 
         Args:
             t: a view of the weight, of rows.
-            q, scale: codes of the shape of `t`; one scale for all of them, or `scheme.scale_shape(q.shape)`.
+            q, scale: codes of the shape of `t`; one scale for all of them, or `stored.scale_shape(q.shape)`.
+            stored: what one of these scales covers.
         """
         with self._lock:
             self.staging.follow()
@@ -162,7 +165,9 @@ class Writes:
             if tracked.edges:
                 scheme = scheme.part(*tracked.segments_in(box))
             exact = scale.dtype == scheme.scale_dtype or scheme.scale_dtype == torch.float32
-            fits = scale.numel() == 1 or tuple(scale.shape) == scheme.scale_shape(q.shape)
+            exact = exact and (not scheme.pow2 or are_powers_of_two(scale))
+            same = tuple(scale.shape) == scheme.scale_shape(q.shape) and have_same_groups(scheme, stored, q.shape)
+            fits = scale.numel() == 1 or same
             if not exact or not fits or any(unit.coverage.overlap_box(box) for unit in units):
                 return False
             self.staging.in_use = units

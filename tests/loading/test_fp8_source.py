@@ -52,6 +52,35 @@ def test_another_granularity_is_quantized_again(source, into):
         assert_quantized(model, "fc.weight", fk.dequantize(q, scale, torch.float32, source), into)
 
 
+@pytest.mark.parametrize(
+    ("source", "into"),
+    [
+        (fk.PerBlock(96, 128), fk.PerBlock(128, 128)),  # as many blocks of 130 rows
+        (fk.PerGroup(96), fk.PerGroup(128)),  # as many groups of 130 columns
+        (fk.PerChannel(), fk.PerChannel(pow2=True)),
+        (fk.PerTensor(), fk.PerGroup(32, pow2=True)),
+        (fk.PerTensor((30, 100)), fk.PerTensor((100, 30))),
+    ],
+)
+def test_scales_of_the_same_shape_that_are_others(source, into):
+    """Scales of as many groups that cover other elements, or are no powers of two where the scheme says so: what they
+    stand for is quantized again."""
+    model, w = Model(fc=(130, 130)), values(130, 130)
+    q, scale = fk.quantize(w, source)
+    with LayerwiseLoader(model, into, device="cpu") as loader:
+        loader.copy_codes(model.fc.weight, q, scale, source)
+    assert_quantized(model, "fc.weight", fk.dequantize(q, scale, torch.float32, source), into)
+
+
+def test_powers_of_two_are_taken_as_they_are():
+    """By a scheme that stores powers of two."""
+    model, scheme = Model(fc=(6, 36)), fk.PerChannel(pow2=True)
+    q, scale = fk.quantize(values(6, 36), scheme)
+    with LayerwiseLoader(model, scheme, device="cpu") as loader:
+        loader.copy_codes(model.fc.weight, q, scale * 4)
+    _assert_codes(model.fc, q, scale * 4)
+
+
 def test_shards_of_a_fused_weight():
     """Halves with a scale of their own: taken where rows or blocks are, quantized together where one scale covers
     both; experts one by one, and what is not quantized in its own dtype."""
