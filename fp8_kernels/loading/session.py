@@ -182,7 +182,9 @@ class Session:
         first = entry.tensors[0]
         real = self.given.pop(entry.name, None) if self.given else None
         if real is None:
-            real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=self._device_of(entry))
+            device = self._device_of(entry)
+            with torch.inference_mode(False):  # it outlives the engine's context
+                real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=device)
         if entry.logical != entry.shape or entry.optional:
             real.zero_()
         for t in entry.tensors:

@@ -458,6 +458,21 @@ def test_no_grad_is_not_needed_beyond_the_engine_s_own():
         load(Model(fc=(6, 36)), lambda params: params["fc.weight"][:3].copy_(w[:3]))
 
 
+@pytest.mark.parametrize("entered", [torch.no_grad, torch.inference_mode])
+def test_a_load_inside_inference_mode_leaves_ordinary_tensors(entered):
+    """Whatever context an engine loads in, the model can be written to and trained further outside of it."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(36, 6, dtype=torch.bfloat16), torch.nn.BatchNorm1d(6))
+    w = values(6, 36)
+    for options in ({}, {"reload": "transactional"}, {"reload": "streaming"}):
+        with entered(), LayerwiseLoader(model, device="cpu", **options):
+            for p in model.state_dict().values():
+                p.copy_(w if p.ndim == 2 else torch.ones_like(p))
+        assert_quantized(model, "0.weight", w)
+        assert not any(t.is_inference() for t in model.state_dict(keep_vars=True).values())
+        assert model[1].weight.requires_grad and model[1].running_mean.add_(1).tolist() == [2] * 6
+
+
 def test_a_long_load_does_not_grow():
     """What is kept of a shard does not depend on how many came before: thousands of shards, duplicates included,
     leave no Python objects but the report's lines."""
