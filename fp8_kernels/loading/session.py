@@ -150,6 +150,8 @@ class Session:
             if entry.on_meta:
                 self._make_real(entry)
         if not entry.tracked:
+            for t in entry.tensors if self._reload is not None else ():
+                self.writes.watch(entry, t)
             return
         tracked = Tracked(entry, self._staging)
         tracked.device = self._device_of(entry)
@@ -352,10 +354,9 @@ class Session:
     def changed(self) -> dict[torch.nn.Module, list[str]]:
         """Module -> names of its tensors in which something has arrived."""
         names: dict[torch.nn.Module, list[str]] = {}
-        for tracked in self.tracked:
-            if any(u.final or not u.coverage.empty for u in tracked.units):
-                for place in tracked.places:
-                    names.setdefault(place.module, []).append(place.name)
+        arrived = [t.places for t in self.tracked if any(u.final or not u.coverage.empty for u in t.units)]
+        for place in (place for places in (*arrived, *(e.places for e in self.writes.touched)) for place in places):
+            names.setdefault(place.module, []).append(place.name)
         return names
 
     def _fill_in(self, tracked, snapshot):

@@ -15,6 +15,7 @@ from .compare import are_powers_of_two
 from .coverage import Box
 from .hands import Hands
 from .op_info import OpInfo, op_info
+from .plan import Entry
 from .records import Records
 from .report import Report
 from .staging import Tracked
@@ -51,6 +52,8 @@ class Writes:
         self._by_storage: dict[int, tuple[Tracked, int]] = {}
         self._storages: list[torch.UntypedStorage] = []  # alive, so that no other storage takes their address
         self._frozen: dict[int, str] = {}  # storages that nothing may write, by the names of what they hold
+        self._watched: dict[int, Entry] = {}  # storages of what needs not arrive
+        self.touched: list[Entry] = []  # of these, those that were written
 
     def track(self, tracked: Tracked, t: torch.Tensor):
         """From now on, what is written to the storage of `t` is a shard of `tracked`."""
@@ -65,17 +68,24 @@ class Writes:
         self._storages.append(t.untyped_storage())
         self._frozen[t.untyped_storage()._cdata] = name
 
+    def watch(self, entry: Entry, t: torch.Tensor):
+        """From now on, notice a write to the storage of `t`, of which nothing has to arrive."""
+        self._storages.append(t.untyped_storage())
+        self._watched[t.untyped_storage()._cdata] = entry
+
     def find(self, t: torch.Tensor, written: bool) -> Target | None:
         """The target, if its storage is tracked."""
         if t.layout is not torch.strided:
             return None
         known = self._by_storage.get(t.untyped_storage()._cdata)
-        if written and known is None and self._frozen:
-            self._check_not_frozen(t)
+        if written and known is None and (self._frozen or self._watched):
+            self._notice_write(t)
         return known and Target(t, *known, written)
 
-    def _check_not_frozen(self, t):
-        name = self._frozen.get(t.untyped_storage()._cdata)
+    def _notice_write(self, t):
+        entry, name = (held.get(t.untyped_storage()._cdata) for held in (self._watched, self._frozen))
+        if entry is not None and entry not in self.touched:
+            self.touched.append(entry)
         if name is not None:
             self.error = self.error or LoadError(
                 f"`{name}` must not be written by this reload: it is out of its `scope`, or holds codes or scales"

@@ -289,6 +289,23 @@ def test_a_streaming_reload_that_fails_marks_the_model():
     assert memory(model)[0] == where
 
 
+def test_a_streaming_reload_that_fails_marks_buffers():
+    """Buffers need not arrive; where one did, its module is half loaded too."""
+    model, w = Model(fc=(6, 36)), values(6, 36)
+    model.norm = nn.BatchNorm1d(36)
+    for options in ({}, {"reload": "streaming"}):
+        with LayerwiseLoader(model, device="cpu", **options):
+            model.fc.weight.data.copy_(w)
+            for p in model.norm.parameters():
+                p.data.fill_(1)
+    with pytest.raises(ZeroDivisionError), LayerwiseLoader(model, reload="streaming"):
+        model.norm.running_mean.data.fill_(3)
+        raise ZeroDivisionError
+    assert half_loaded(model) == ["norm.running_mean"]
+    with pytest.raises(fk.PoisonedModelError, match="`norm.running_mean`"):
+        model.norm(torch.randn(2, 36))
+
+
 @pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "per_block"])
 def test_a_streaming_reload_that_fails_at_any_op_tells(scheme):
     """Each op fails in turn: the old weights are there, bit for bit, or the model refuses; no address changes, and the
