@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, reference
-from .schemes import Scheme, as_scheme, by_segment, dtype_name, with_numerics
+from .schemes import SCALE_DTYPES, Scheme, as_scheme, by_segment, dtype_name, with_numerics
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = tuple(reference.FP8_MAX)
@@ -166,10 +166,6 @@ def quantize_many(
     scheme = as_scheme(scheme) if numerics is None else with_numerics(scheme, numerics)
     weights = list(weights)
     given = [None] * len(weights) if out is None else list(out)
-    if scheme.segments:
-        return [
-            quantize(w, scheme, dtype=dtype, out=pair, backend=backend) for w, pair in zip(weights, given, strict=True)
-        ]
     if len(given) != len(weights):
         raise ValueError(f"`out` must have the length of `weights`, {len(weights)}, got {len(given)}")
     for i, (w, pair) in enumerate(zip(weights, given, strict=True)):
@@ -178,6 +174,8 @@ def quantize_many(
             raise ValueError(f"`weights[{i}]` must be [N, K] or [E, N, K], got shape {tuple(w.shape)}")
         if w.device != weights[0].device:
             raise ValueError(f"`weights[{i}]` must be on {weights[0].device}, got {w.device}")
+    if scheme.segments:
+        return [quantize(w, scheme, dtype=dtype, out=p, backend=backend) for w, p in zip(weights, given, strict=True)]
     if not weights:
         return []
     pairs = [_empty_outputs(w, scheme, dtype) if pair is None else pair for w, pair in zip(weights, given, strict=True)]
@@ -253,12 +251,13 @@ def dequantize(
         TypeError, ValueError, RuntimeError: as for `quantize`; also where the scheme cannot be told.
     """
     _check_tensor("q", q, None, FP8_DTYPES, None)
+    _check_tensor("scale", scale, None, (*SCALE_DTYPES, torch.uint8), q.device)  # e8m0 as bytes too
     if scheme is None:
         block = block_of(q, scale)
     else:
         scheme = as_scheme(scheme)
         block = scheme.block
-        _check_tensor("scale", scale, scheme.scale_shape(q.shape), None, q.device)
+        _check_tensor("scale", scale, scheme.scale_shape(q.shape), None, None)
     if out is None:
         _check_dtype("dtype", dtype, WEIGHT_DTYPES)
         out = torch.empty(q.shape, dtype=dtype, device=q.device)

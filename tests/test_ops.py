@@ -245,6 +245,26 @@ BAD_CALLS = {
         "`out` must be one of float32, got float16",
     ),
     "copy: slot": (lambda w: fk.copy_amax(w, w, torch.zeros(4)), ValueError, r"`amax` must have shape \(\)"),
+    "dequantize: device": (
+        lambda w: fk.dequantize(w.to(torch.float8_e4m3fn), torch.ones(4, 1, device="meta")),
+        ValueError,
+        "`scale` must be on cpu, got meta",
+    ),
+    "dequantize: scale dtype": (
+        lambda w: fk.dequantize(w.to(torch.float8_e4m3fn), torch.ones(4, 1).half()),
+        TypeError,
+        "`scale` must be one of float32, .*got float16",
+    ),
+    "many segments: shape": (
+        lambda w: fk.quantize_many([w, w[:3]], fk.PerTensor((1, 3))),
+        ValueError,
+        "`segments` must be 3 rows in all",
+    ),
+    "many segments: length": (
+        lambda w: fk.quantize_many([w], fk.PerTensor((1, 3)), out=[]),
+        ValueError,
+        "must have the length of `weights`, 1, got 0",
+    ),
     "unknown numerics": (lambda w: fk.quantize(w, numerics="sglang"), ValueError, "`numerics` must be one of"),
     "vllm numerics of mx": (
         lambda w: fk.quantize(w, "mxfp8", numerics="vllm"),
@@ -271,6 +291,17 @@ def test_bad_arguments_are_named(call, error, message):
     """The message names the argument, the rule and what came instead."""
     with pytest.raises(error, match=message):
         call(torch.randn(4, 6))
+
+
+def test_quantize_many_writes_nothing_where_one_weight_is_bad():
+    """Segments, which are calls of their own, included."""
+    w = torch.randn(4, 6)
+    for scheme in (fk.PerTensor((1, 3)), "per_channel"):
+        q, scale = fk.quantize(torch.zeros_like(w), scheme)
+        before = scale.clone()
+        with pytest.raises((ValueError, TypeError)):
+            fk.quantize_many([w, w[0]], scheme, out=[(q, scale), (q, scale)])
+        assert torch.equal(scale, before) and not q.view(torch.uint8).any()
 
 
 def op_calls():

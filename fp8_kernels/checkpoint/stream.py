@@ -11,7 +11,7 @@ import torch
 
 from .. import ops
 from ..errors import CheckpointError, NonFiniteWeightError
-from ..loading.fp8_source import holds_nan, stored_scheme
+from ..loading.fp8_source import holds_nan, stored_scheme, usable
 from ..loading.report import Report
 from ..loading.rules import HIGH_PRECISION, Rules
 from ..schemes import PerTensor, Scheme, dtype_name, scheme_name
@@ -207,7 +207,7 @@ class QuantizedWeights:
         yield from self._made(name, codes, scale, scale.isfinite().all() & (not holds_nan(codes)))
 
     def _dequantized(self, codes, stored, dtype):
-        codes, stored = self._placed(codes), self._placed(stored)
+        codes, stored = self._placed(codes), usable(self._placed(stored))
         stored = stored.reshape(()) if stored.numel() == 1 else stored
         scheme = stored_scheme(codes, stored)
         return ops.dequantize(codes, stored, dtype, scheme)

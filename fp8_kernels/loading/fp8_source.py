@@ -6,7 +6,7 @@ import torch
 
 from ..errors import LoadError, NonFiniteWeightError
 from ..ops import FP8_DTYPES, dequantize
-from ..schemes import WHOLE, PerBlock, PerTensor, Scheme, as_scheme
+from ..schemes import SCALE_DTYPES, WHOLE, PerBlock, PerTensor, Scheme, as_scheme
 from .origin import scheme_of
 from .writes import Writes
 
@@ -19,6 +19,9 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
     name = "the weight" if target is None else f"`{target.tracked.entry.name}`"
     if q.dtype not in FP8_DTYPES or q.shape != t.shape:
         raise LoadError(f"codes for {name} must be FP8 of shape {tuple(t.shape)}, got {q.dtype} of {tuple(q.shape)}")
+    scale = usable(scale)
+    if scale.dtype not in SCALE_DTYPES:
+        raise LoadError(f"scales for {name} must be floating-point numbers, got {scale.dtype}")
     if scale.numel() == 1:
         scale = scale.reshape(())
     scheme = as_scheme(scheme) if scheme is not None else stored_scheme(q, scale)
@@ -44,6 +47,11 @@ def _copy_dequantized(t, q, scale, scheme):
         is_of_rows = scale.ndim and scheme.block[0] != WHOLE
         part = scale[start // block_n : -(-(start + step) // block_n)] if is_of_rows else scale
         t[rows].copy_(dequantize(q[rows], part, torch.float32, scheme))
+
+
+def usable(scale):
+    """Scales in float32 where a checkpoint has them in a dtype that no scheme has, as models in float16 do."""
+    return scale if scale.dtype in SCALE_DTYPES or not scale.is_floating_point() else scale.float()
 
 
 def stored_scheme(q, scale):

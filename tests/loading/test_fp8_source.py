@@ -72,6 +72,27 @@ def test_scales_of_the_same_shape_that_are_others(source, into):
     assert_quantized(model, "fc.weight", fk.dequantize(q, scale, torch.float32, source), into)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("into", ["per_channel", "per_block"])
+def test_scales_of_any_floating_point_dtype(into, dtype):
+    """Models in float16 store their scales so: the same values, in float32, as they are or dequantized, by either way
+    in."""
+    q, scale = fk.quantize(values(256, 384))
+    scale = scale.to(dtype)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(384, 256, bias=False, dtype=torch.bfloat16))
+    tensors = [("0.weight", q), ("0.weight_scale", scale)]
+    fk.load_checkpoint(model, tensors, into, device="cpu")
+    streamed = dict(fk.quantize_weights(tensors, into))
+    if into == "per_channel":
+        wanted = q, scale.float()
+    else:
+        wanted = fk.quantize(fk.dequantize(q, scale.float(), torch.float32), into)
+    _assert_codes(model[0], *wanted)
+    assert torch.equal(streamed["0.weight"].view(torch.uint8), wanted[0].view(torch.uint8))
+    assert torch.equal(streamed["0.weight_scale"], wanted[1])
+
+
 def test_powers_of_two_are_taken_as_they_are():
     """By a scheme that stores powers of two."""
     model, scheme = Model(fc=(6, 36)), fk.PerChannel(pow2=True)
@@ -123,6 +144,7 @@ def test_what_is_refused():
     for calls, error, message in (
         ([q[:3], scale[:3]], LoadError, r"`fc.weight` must be FP8 of shape \(6, 36\)"),
         ([q.float(), scale], LoadError, "`fc.weight` must be FP8"),
+        ([q, scale.int()], LoadError, "scales for `fc.weight` must be floating-point numbers, got torch.int32"),
         ([q, scale.expand(6, 7)], ValueError, "`scheme` must be given"),
         ([nan, scale], NonFiniteWeightError, "`fc.weight`"),
         ([q, scale * float("inf")], NonFiniteWeightError, "fc.weight"),
