@@ -54,7 +54,8 @@ def _python_op(backend, name):
             kernels = torch_kernels
         else:
             from . import triton_kernels as kernels
-        getattr(kernels, name)(*map(_as_units, args))
+        with torch.no_grad():  # as below torch's dispatcher, where the other backends are
+            getattr(kernels, name)(*map(_as_units, args))
 
     return call
 

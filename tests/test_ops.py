@@ -304,6 +304,16 @@ def test_quantize_many_writes_nothing_where_one_weight_is_bad():
         assert torch.equal(scale, before) and not q.view(torch.uint8).any()
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_results_need_no_gradient(backend):
+    """A parameter may be given as it is; results are data, on any backend."""
+    w = torch.nn.Parameter(torch.randn(4, 6))
+    q, scale = fk.quantize(w, backend=backend)
+    amax = fk.amax(w, backend=backend)
+    high = fk.dequantize(q, torch.nn.Parameter(scale), backend=backend)
+    assert not any(t.requires_grad for t in (q, scale, amax, high))
+
+
 def op_calls():
     """Calls of each registered op."""
     w, q = torch.randn(2, 6, 10), torch.zeros(2, 6, 10, dtype=torch.float8_e4m3fn)
