@@ -65,8 +65,9 @@ class OpInfo:
 
     def replaces(self, args, kwargs) -> bool:
         """With these arguments, is what it writes independent of what was there?"""
-        if self.written_kwargs and not self.written_args:  # out=
-            return True
+        if self.written_kwargs and not self.written_args:  # out=, which may be an input too
+            outputs = {id(kwargs.get(name)) for name in self.written_kwargs}
+            return not any(id(x) in outputs for x in args if isinstance(x, torch.Tensor))
         if "reduce" in kwargs:  # scatter_
             return False
         position = _ACCUMULATE.get(self.name)

@@ -274,6 +274,8 @@ class Writes:
             self._release(targets, buffers)
             return result
         refuse(info, args, kwargs, targets)
+        if len(written) > 1:
+            _refuse_shared(written, info)
         quantized = [t for t in written if t.tracked.entry.scheme]
         if quantized and len(targets) == 1 and info.name in _COPIES:
             chunk = self._streams.chunk(written[0])
@@ -391,3 +393,11 @@ class Writes:
     def _targets_of(self, args):
         found = (self.find(x, written=i == 0) for i, x in enumerate(args) if isinstance(x, torch.Tensor))
         return [target for target in found if target]
+
+
+def _refuse_shared(written, info):
+    """Views of several units are written in a temporary tensor, which would take back what another output wrote."""
+    for target in written:
+        others = [unit for other in written if other is not target for unit in other.units]
+        if len(target.units) > 1 and any(unit in others for unit in target.units):
+            raise LoadError(f"{target}: {info.name} must not write an expert by several outputs, one of several experts")

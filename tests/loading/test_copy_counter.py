@@ -183,6 +183,43 @@ def test_a_weight_written_from_itself():
     assert len(loader.report.rewrites) == 3
 
 
+def test_an_output_that_is_an_input_too():
+    """`out=` of the tensor that is read: it sees what was written, or 0, and changes nothing that is quantized."""
+    model, w = Model(a=(6, 36), b=(6, 36), c=(6, 36)), values(6, 36)
+
+    def loading(params):
+        a, b, c = (p.data for p in params.values())
+        a.copy_(w)
+        b[:3].copy_(w[:3])  # where `a` was
+        torch.mul(b, 2.0, out=b)
+        torch.cos(c, out=c)  # where `b` was
+
+    load(model, loading, stream=False)
+    assert_quantized(model, "b.weight", torch.cat([w[:3] * 2, torch.zeros_like(w[3:])]))
+    assert_quantized(model, "c.weight", torch.ones_like(w))
+
+    def too_late(params):
+        a, b, _ = (p.data for p in params.values())
+        a.copy_(w)
+        b.copy_(w)
+        torch.mul(a, 1.0, out=a)
+
+    with pytest.raises(LoadError, match="a.weight is quantized already; mul cannot change it"):
+        load(Model(a=(6, 36), b=(6, 36), c=(6, 36)), too_late)
+
+
+def test_two_outputs_that_meet_in_an_expert():
+    """Where one of them is of several experts the op is refused; none of both writes is lost silently."""
+
+    def loading(params):
+        p = params["experts.weight"].data.view(6, 8)
+        torch._foreach_add_([p[:1], p[1:]], 1.0)
+
+    model = Model(experts=(3, 2, 8))
+    with pytest.raises(LoadError, match="experts.weight.*must not write an expert by several outputs"):
+        load(model, loading)
+
+
 def test_copy_of_a_weight_that_waits_in_fp32():
     """Copying one tracked weight to another does not round what the first holds in fp32."""
     model, w = Model(a=(6, 36), b=(6, 36)), values(6, 36, dtype=torch.float32)
