@@ -400,4 +400,4 @@ def _refuse_shared(written, info):
     for target in written:
         others = [unit for other in written if other is not target for unit in other.units]
         if len(target.units) > 1 and any(unit in others for unit in target.units):
-            raise LoadError(f"{target}: {info.name} must not write an expert by several outputs, one of several experts")
+            raise LoadError(f"{target}: {info.name} must not write one expert by two outputs")

@@ -216,7 +216,7 @@ def test_two_outputs_that_meet_in_an_expert():
         torch._foreach_add_([p[:1], p[1:]], 1.0)
 
     model = Model(experts=(3, 2, 8))
-    with pytest.raises(LoadError, match="experts.weight.*must not write an expert by several outputs"):
+    with pytest.raises(LoadError, match="experts.weight.*must not write one expert by two outputs"):
         load(model, loading)
 
 
