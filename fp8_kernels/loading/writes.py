@@ -291,7 +291,7 @@ class Writes:
                     return args[0]
         if any(unit.final for t in quantized for unit in t.units):
             return self._verify(func, info, args, kwargs, targets)
-        if quantized:  # what this op reads is let go after it
+        if quantized and units:  # what this op reads is let go after it
             self._hands.settle(targets)
             self._hands.let_go(self._hands.mine(), [*units, *also])
         before = [self._records.before(t, info, args, kwargs) for t in written]

@@ -208,6 +208,25 @@ def test_an_output_that_is_an_input_too():
         load(Model(a=(6, 36), b=(6, 36), c=(6, 36)), too_late)
 
 
+def test_a_write_of_nothing_changes_nothing():
+    """A thread that writes a view without elements has not moved on from what it wrote before."""
+    w = values(6, 36)
+
+    def loading(params):
+        for name in ("fc.weight", "fc2.weight"):
+            p = params[name].data
+            p.copy_(w)
+            params["fc2.weight"].data[:0].copy_(w[:0])
+            torch._foreach_zero_([p[6:], p[:, 36:]])
+            p.copy_(p * 2)
+
+    for stream in (True, False):
+        model = Model(fc=(6, 36), fc2=(6, 36))
+        load(model, loading, stream=stream)
+        assert_quantized(model, "fc.weight", w * 2)
+        assert_quantized(model, "fc2.weight", w * 2)
+
+
 def test_two_outputs_that_meet_in_an_expert():
     """Where one of them is of several experts the op is refused; none of both writes is lost silently."""
 
