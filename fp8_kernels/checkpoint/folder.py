@@ -152,5 +152,5 @@ class PartialFolder:
 
 def folders_of(dst: Path) -> tuple[Path, Path, Path]:
     """Where the folder is made: `dst`, or what it is a link to; beside it the partial one, and what is replaced."""
-    dst = dst.resolve() if dst.is_symlink() else dst
+    dst = dst.resolve()
     return dst, dst.with_name(dst.name + PARTIAL_SUFFIX), dst.with_name(dst.name + REPLACED_SUFFIX)

@@ -73,6 +73,7 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(src)
     items = select(checkpoint, fmt, dtype, scheme=scheme, ignore=ignore, include=include, schemes=schemes)
     stored = {name: _stored(item, fmt, dtype) for name, item in items.items()}
+    _refuse_two_of_a_name(checkpoint)
     quantizer = Quantizer(checkpoint, items, dtype, device)
     dst = Path(dst)
     _refuse_overlap(checkpoint, dst)
@@ -379,6 +380,15 @@ def _output_name(checkpoint, file):
     if not checkpoint.sharded:
         return "model.safetensors"
     return f"{os.path.splitext(file)[0].replace('pytorch_model', 'model')}.safetensors"
+
+
+def _refuse_two_of_a_name(checkpoint):
+    """Raise where two files would be written to one."""
+    names = {}
+    for file in checkpoint.files:
+        other = names.setdefault(_output_name(checkpoint, file), file)
+        if other != file:
+            raise CheckpointError(f"{checkpoint.folder}: {other} and {file} must have different names without suffixes")
 
 
 def _identity(checkpoint, fmt, items, dtype):

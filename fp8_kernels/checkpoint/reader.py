@@ -243,6 +243,9 @@ def _load_pickle(path):
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: `{name}` must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            what = "on the meta device" if tensor.is_meta else tensor.layout
+            raise CheckpointError(f"{path}: `{name}` must hold its values one after the other, got one that is {what}")
     return state
 
 

@@ -467,6 +467,28 @@ def test_dst_may_be_a_link(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["disk", "in", "out"]
 
 
+def test_dst_may_be_where_one_is(tmp_path, monkeypatch):
+    """`.` is a folder like any other."""
+    src = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    quantize_checkpoint(src, ".")
+    assert verify_checkpoint(tmp_path / "out", src).ok and sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_two_files_that_would_be_written_to_one(tmp_path):
+    """An index may name files that differ in their suffix alone; the second would be taken for written."""
+    state = tiny.tensors(num_layers=1)
+    src = tiny.write_sharded(tmp_path / "in", state, num_files=1)
+    torch.save({"more.weight": torch.randn(128, 128)}, src / "model-00001-of-00001.bin")
+    index = json.loads((src / "model.safetensors.index.json").read_text())
+    index["weight_map"]["more.weight"] = "model-00001-of-00001.bin"
+    (src / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="must have different names without suffixes"):
+        quantize_checkpoint(src, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
 def test_a_link_to_nowhere_is_named(tmp_path):
     """Beside the weights; found before anything is written."""
     src = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1))

@@ -216,6 +216,15 @@ def test_a_pickle_that_holds_more_than_tensors(state, tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_a_pickle_of_tensors_without_plain_values(kind, tmp_path):
+    """Sparse ones and those on meta are named."""
+    bad = torch.eye(3).to_sparse() if kind == "sparse" else torch.empty(3, device="meta")
+    torch.save({"good": torch.zeros(3), "bad": bad}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"pytorch_model.bin: `bad` must hold its values.*{kind}"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0, 100, -100])
 def test_a_truncated_pickle(keep, tmp_path):
     """Cut at the start and near the end."""
