@@ -94,11 +94,15 @@ def read_amax(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
         )
     for file, recorded in files.items():
         now = _identity(checkpoint.folder / file)
+        recorded = recorded if isinstance(recorded, dict) else {}
         changed = [key for key in now if now[key] != recorded.get(key)]
         if changed:
             raise CheckpointError(f"{path} is stale: {file} has another {', '.join(changed)}; {_WAY_OUT}")
     infos = checkpoint.metadata()
-    found = {name: torch.tensor(value, dtype=torch.float32) for name, value in content["amax"].items()}
+    try:
+        found = {name: torch.tensor(value, dtype=torch.float32) for name, value in content["amax"].items()}
+    except (TypeError, ValueError) as error:  # no number, or lists of several lengths
+        raise CheckpointError(f"{path} holds what is no maximum: {error}; {_WAY_OUT}") from error
     for name, value in found.items():
         if name not in infos or value.shape != infos[name].shape[:-2]:
             raise CheckpointError(

@@ -72,7 +72,9 @@ class LazyTensor:
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[LazyTensor, ...]:
         """`torch.Tensor.chunk`, without reading."""
-        return self.split(max(-(-self.shape[dim] // chunks), 1), dim)
+        if not self.shape[dim]:
+            return (self,) * chunks  # as torch does
+        return self.split(-(-self.shape[dim] // chunks), dim)
 
     def split(self, split_size: int | list[int], dim: int = 0) -> tuple[LazyTensor, ...]:
         """`torch.Tensor.split`, without reading."""

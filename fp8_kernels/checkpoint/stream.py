@@ -151,7 +151,7 @@ class QuantizedWeights:
             scheme, why = self._decide(name, tensor, stored)
             stays = stored is not None and scheme is not None and self._may_stay(name, tensor, stored, scheme)
             if stored is not None and not stays:
-                tensor = self._dequantized(tensor, stored, torch.bfloat16 if scheme is None else torch.float32)
+                tensor = self._dequantized(name, tensor, stored, torch.bfloat16 if scheme is None else torch.float32)
             if stays:
                 yield from self._as_it_is(name, tensor, stored, scheme)
             elif scheme is None:
@@ -206,10 +206,10 @@ class QuantizedWeights:
         self._count_held(codes)
         yield from self._made(name, codes, scale, scale.isfinite().all() & (not holds_nan(codes)))
 
-    def _dequantized(self, codes, stored, dtype):
+    def _dequantized(self, name, codes, stored, dtype):
         codes, stored = self._placed(codes), usable(self._placed(stored))
         stored = stored.reshape(()) if stored.numel() == 1 else stored
-        scheme = stored_scheme(codes, stored)
+        scheme = stored_scheme(codes, stored, f"`{name}`")
         return ops.dequantize(codes, stored, dtype, scheme)
 
     def _of_family(self, name, tensor, scheme):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +78,10 @@ def verify_checkpoint(path: str | os.PathLike, against: str | os.PathLike | None
         checkpoint = open_checkpoint(path)
         num_tensors = len(checkpoint.metadata())
         fmt, config = _quantization(checkpoint)
-        schemes = _check_headers(checkpoint, fmt, config, problems)
+        try:
+            schemes = _check_headers(checkpoint, fmt, config, problems)
+        except (AttributeError, TypeError, re.error) as error:  # what is no list, no name or no pattern in it
+            raise CheckpointError(f"{path}: `quantization_config` of config.json is malformed: {error}") from error
         traits = _check_values(checkpoint, schemes, fmt, problems)
         if source is not None:
             _check_bits(checkpoint, source, fmt, _restored(schemes, traits), problems)
@@ -92,7 +96,7 @@ def _quantization(checkpoint):
     config = checkpoint.config.get("quantization_config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{checkpoint.folder}: config.json holds no `quantization_config`")
-    if config.get("quant_method") not in FORMATS:
+    if config.get("quant_method") not in list(FORMATS):
         raise CheckpointError(
             f"{checkpoint.folder}: `quant_method` must be one of {sorted(FORMATS)}, got {config.get('quant_method')!r}"
         )

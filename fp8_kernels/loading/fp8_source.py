@@ -24,7 +24,7 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
         raise LoadError(f"scales for {name} must be floating-point numbers, got {scale.dtype}")
     if scale.numel() == 1:
         scale = scale.reshape(())
-    scheme = as_scheme(scheme) if scheme is not None else stored_scheme(q, scale)
+    scheme = as_scheme(scheme) if scheme is not None else stored_scheme(q, scale, name)
     if not _fits(q, scale, scheme):
         raise LoadError(f"scales for {name} must be of shape {scheme.scale_shape(q.shape)}, got {tuple(scale.shape)}")
     if holds_nan(q):
@@ -54,14 +54,21 @@ def usable(scale):
     return scale if scale.dtype in SCALE_DTYPES or not scale.is_floating_point() else scale.float()
 
 
-def stored_scheme(q, scale):
-    """What the scales of these codes cover, told from shapes; as 128 x 128 where these are those of such blocks."""
+def stored_scheme(q, scale, name):
+    """What the scales of these codes cover, told from shapes; as 128 x 128 where these are those of such blocks.
+
+    Raises:
+        ValueError: they do not tell; with the name of the weight.
+    """
     if not scale.ndim:
         return PerTensor(scale_dtype=scale.dtype, pow2=scale.dtype == torch.float8_e8m0fnu)
     blocks = PerBlock(128, 128)
     if scale.dtype == torch.float32 and tuple(scale.shape) == blocks.scale_shape(q.shape):
         return blocks
-    return scheme_of(q, scale)
+    try:
+        return scheme_of(q, scale)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _fits(q, scale, scheme):

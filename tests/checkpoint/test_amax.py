@@ -85,6 +85,11 @@ def test_other_weights_are_refused(folder, tmp_path):
     refused("nowhere.weight")
     sidecar.write_text(json.dumps(content | {"files": {"a.safetensors": content["files"][file.name]}}))
     refused("is of other files: .*a.safetensors")
+    sidecar.write_text(json.dumps(content | {"files": dict.fromkeys(content["files"], 1)}))
+    refused("has another size, mtime, hash")
+    for value in ("x", [1, [2]], None):
+        sidecar.write_text(json.dumps(content | {"amax": dict.fromkeys(content["amax"], value)}))
+        refused("holds what is no maximum")
     sidecar.write_text(json.dumps(content | {"version": 0}))
     refused("version")
     sidecar.write_text("{")

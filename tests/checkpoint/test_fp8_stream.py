@@ -118,5 +118,5 @@ def test_what_is_missing_or_wrong_is_named():
         items = [("x.o_proj.weight", bad), ("x.o_proj.weight_scale", scale)]
         with pytest.raises(fk.NonFiniteWeightError, match=r"x\.o_proj\.weight"):
             list(fk.quantize_weights(items, scheme))
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(ValueError, match=r"`x\.o_proj\.weight`: `scheme` must be given"):
         list(fk.quantize_weights([("x.o_proj.weight", q), ("x.o_proj.weight_scale", torch.ones(3, 7))], "per_tensor"))

@@ -106,6 +106,12 @@ def test_ranks_read_a_file_once_between_them(dim, checkpoint, bytes_read):
     assert sum(bytes_read) == weight.nbytes
 
 
+def test_a_rank_without_anything_reads_nothing(checkpoint):
+    """As many empty chunks as torch makes of a tensor without rows."""
+    parts = checkpoint.lazy("empty").chunk(3)
+    assert [part.read().shape for part in parts] == [part.shape for part in STATE["empty"].chunk(3)]
+
+
 def test_pickles_can_be_narrowed_too(tmp_path):
     torch.save({"w": STATE["matrix"]}, tmp_path / "pytorch_model.bin")
     assert torch.equal(open_checkpoint(tmp_path).lazy("w")[3:5, 7].read(), STATE["matrix"][3:5, 7])

@@ -168,6 +168,15 @@ def test_inconsistent_configs_are_found(folders):
         "must be one of ['compressed-tensors', 'fp8'], got 'gptq'"
         in problems(lambda config: config.update({"quant_method": "gptq"}))[0]
     )
+    for change in (
+        {"quant_method": ["fp8"]},
+        {"config_groups": None},
+        {"config_groups": {"group_0": 1}},
+        {"config_groups": {"group_0": {"targets": ["re:("]}}},
+        {"ignore": [1]},
+    ):
+        (problem,) = problems(lambda config, change=change: config.update(change))
+        assert "must be one of" in problem or "`quantization_config` of config.json is malformed" in problem
     (out / "config.json").write_text("{}")
     assert verify_checkpoint(out).problems == (f"{out}: config.json holds no `quantization_config`",)
 

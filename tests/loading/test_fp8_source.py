@@ -145,7 +145,7 @@ def test_what_is_refused():
         ([q[:3], scale[:3]], LoadError, r"`fc.weight` must be FP8 of shape \(6, 36\)"),
         ([q.float(), scale], LoadError, "`fc.weight` must be FP8"),
         ([q, scale.int()], LoadError, "scales for `fc.weight` must be floating-point numbers, got torch.int32"),
-        ([q, scale.expand(6, 7)], ValueError, "`scheme` must be given"),
+        ([q, scale.expand(6, 7)], ValueError, "`fc.weight`: `scheme` must be given"),
         ([nan, scale], NonFiniteWeightError, "`fc.weight`"),
         ([q, scale * float("inf")], NonFiniteWeightError, "fc.weight"),
         ([q, scale, scale * 2], ConflictingShardError, "fc.weight"),
