@@ -6,6 +6,7 @@ that its last write completed, stay open until the thread writes elsewhere: unti
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,8 +28,25 @@ class Hand:
         self.units: list[Unit] = []
 
 
+def _remembered(method):
+    """The method, which notes what it raises: a shard that was on its way may be lost, whatever the engine catches."""
+
+    @functools.wraps(method)
+    def called(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            self.failure = self.failure or error
+            raise
+
+    return called
+
+
 class Hands:
     """The hands of all threads.
+
+    Attributes:
+        failure: what let no unit be finished as it should, or what a hook raised; the first.
 
     Args:
         report: counts what happens.
@@ -42,6 +60,7 @@ class Hands:
         self._phases["quantize"] = 0.0
         self._on_unit, self._on_final, self._progress = on_unit, on_final, progress
         self._of_thread: dict[int, Hand] = {}
+        self.failure: BaseException | None = None
 
     def mine(self) -> Hand:
         """The hand of this thread."""
@@ -65,6 +84,7 @@ class Hands:
             if unit not in held and not unit.final and unit.coverage.complete:
                 held.append(unit)
 
+    @_remembered
     def let_go(self, hand: Hand, turning_to: Iterable[Unit] = ()):
         """The thread turns to these units: what else it held open is quantized."""
         shard = hand.shard
@@ -83,6 +103,7 @@ class Hands:
                 else:
                     self.finish(unit)
 
+    @_remembered
     def flush(self):
         """All threads let go of everything."""
         for hand in list(self._of_thread.values()):
@@ -92,6 +113,7 @@ class Hands:
             for unit in held:
                 self.finish(unit)
 
+    @_remembered
     def settle(self, targets: Iterable[Target]):
         """What threads hold open of the targets' elements goes where it can be read and changed."""
         for target in targets:
@@ -113,6 +135,7 @@ class Hands:
         if not taken:
             shard.tracked.staging.release(shard.buffer)
 
+    @_remembered
     def finish(self, unit: Unit, amax: torch.Tensor | None = None):
         """Quantize what is left of a complete unit, unless a thread holds some of it open still, or it waits for maxima
         of other ranks.
@@ -149,6 +172,7 @@ class Hands:
         if unit.tracked.final:
             self._on_final(unit.tracked)
 
+    @_remembered
     def pass_through(self, unit: Unit):
         """A tensor that stays as it is has arrived."""
         unit.final = True

@@ -133,7 +133,7 @@ class Session:
         """Let go of every buffer and of the model, also where something still refers to this session."""
         self.stop()
         if self.writes is not None:
-            self.writes.error = None  # its frames hold buffers
+            self.writes.forget()
         for tracked in self.tracked:  # which refer to their units, and these to them
             for unit in tracked.units:
                 unit.buffer = unit.spilled = None
@@ -300,8 +300,8 @@ class Session:
         return [u for tracked in self.tracked if tracked.waits_for_ranks for u in tracked.units if not u.final]
 
     def _check_arrived(self, snapshot):
-        if self.writes.error is not None:
-            raise self.writes.error
+        if self.writes.failure is not None:
+            raise self.writes.failure
         self._follow_replaced()
         self.writes.flush()
         for tracked in list(self.tracked):

@@ -182,9 +182,10 @@ class Tracked:
         if self.q is None:
             entry = self.entry
             with torch.inference_mode(False):  # it outlives the engine's context
-                self.q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=self.device)
+                q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=self.device)
                 scale_shape = entry.scheme.scale_shape(entry.shape)
-                self.scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=self.device)
+                scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=self.device)
+            self.q, self.scale = q, scale  # both or none
         self._layout_of_q = _layout(self.q)
         self._layout_of_scale = _layout(self.scale) if self.scale.ndim > 1 and not self.edges else None
 

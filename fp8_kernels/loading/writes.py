@@ -92,6 +92,15 @@ class Writes:
             )
             raise self.error
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the load cannot succeed, also where the engine's own code went on."""
+        return self.error or self._hands.failure
+
+    def forget(self):
+        """Let go of failures, whose frames hold buffers."""
+        self.error = self._hands.failure = None
+
     def owner(self, t: torch.Tensor) -> Tracked | None:
         """What the storage of `t` is tracked as."""
         target = self.find(t, written=False)

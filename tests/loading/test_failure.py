@@ -1,5 +1,6 @@
 """Whatever fails, wherever: the model as it was, its memory returned, and the next load succeeds."""
 
+import contextlib
 import gc
 import weakref
 
@@ -36,13 +37,13 @@ class FailAt(TorchDispatchMode):
         return result
 
 
-def _engine(model, weights):
+def _engine(model, weights, write=torch.Tensor.copy_):
     """Halves of linears, experts one by one, a bias."""
-    model.fc.weight.data[:64].copy_(weights["fc"][:64])
+    write(model.fc.weight.data[:64], weights["fc"][:64])
     for i in range(3):
-        model.experts.weight.data[i].copy_(weights["experts"][i])
-    model.fc.weight.data[64:].copy_(weights["fc"][64:])
-    model.norm.weight.data.copy_(weights["norm"])
+        write(model.experts.weight.data[i], weights["experts"][i])
+    write(model.fc.weight.data[64:], weights["fc"][64:])
+    write(model.norm.weight.data, weights["norm"])
 
 
 def _build():
@@ -111,6 +112,60 @@ def _kinds():
         "swallowed by the engine": (swallowed, LoadError),
         "wrong shape": (lambda model: model.fc.weight.data.copy_(weights["experts"]), RuntimeError),
     }
+
+
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "per_block"])
+@pytest.mark.parametrize("retries", [False, True])
+def test_a_failure_that_the_engine_swallows_loses_nothing(retries, scheme):
+    """An engine that goes on after an error, or tries once more, gets every byte or an error at the end: what failed
+    may have been an earlier shard, on its way into the result."""
+    weights, at, refused = _weights(), 0, 0
+    while True:
+        at += 1
+        model, mode = _build(), FailAt(at, RuntimeError("injected"))
+
+        def write(p, w):
+            for _ in range(2):
+                try:
+                    p.copy_(w)
+                    return
+                except RuntimeError:
+                    if not retries:
+                        return
+
+        try:
+            with mode, LayerwiseLoader(model, scheme, device="cpu"):
+                _engine(model, weights, write)
+        except (LoadError, RuntimeError):
+            refused += 1
+            assert all(p.is_meta for p in model.parameters())
+            continue
+        for name in ("fc", "experts"):
+            assert_quantized(model, f"{name}.weight", weights[name], scheme)
+        assert torch.equal(model.norm.weight, weights["norm"])
+        if mode.count < at:
+            break
+    assert refused > 5
+
+
+@pytest.mark.parametrize("hook", ["on_unit", "on_module", "progress"])
+def test_a_hook_that_fails_is_not_forgotten(hook):
+    """It is called once, so a load in which the engine swallowed its error has not done what it says."""
+    model, weights, calls = _build(), _weights(), []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+
+    def write(p, w):
+        for _ in range(2):
+            with contextlib.suppress(ZeroDivisionError):
+                p.copy_(w)
+
+    with pytest.raises(ZeroDivisionError), LayerwiseLoader(model, device="cpu", **{hook: fails}):
+        _engine(model, weights, write)
+    assert all(p.is_meta for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", _kinds())

@@ -42,7 +42,7 @@ class Interrupt:
 
     def _line(self, frame, event, arg):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and "uninterrupted(" not in line:
+        if event == "line" and "uninterrupted(" not in line and "with torch.no_grad():" not in line:  # gaps too
             self.count += 1
             if self.count == self.at:
                 raise KeyboardInterrupt
