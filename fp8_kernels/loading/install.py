@@ -38,7 +38,7 @@ class Snapshot:
         self._attributes = [(f"{name}.{{}}" if name else "{}", vars(m), dict(_tensors(vars(m)))) for name, m in named]
         tensors = {id(t): t for _, _, saved in self._all() for t in saved.values() if t is not None}
         self._was = {key: (t, t.detach().requires_grad_(t.requires_grad)) for key, t in tensors.items()}
-        self._layouts = {key: _layout(t) for key, t in tensors.items()}
+        self._layouts = {key: (_layout(t), t.requires_grad) for key, t in tensors.items()}
 
     def restore(self):
         """The same tensor objects in the same places, each with the memory, shape and dtype that it had.
@@ -53,7 +53,7 @@ class Snapshot:
                 del attributes[leaf]
             attributes.update(saved)
         for key, (t, was) in self._was.items():
-            if _layout(t) != self._layouts[key]:  # not compared with the other one, which is exchanged too
+            if (_layout(t), t.requires_grad) != self._layouts[key]:  # not the other one's, which is exchanged too
                 torch._C._swap_tensor_impl(t, was)
 
     def put_back(self, module: torch.nn.Module, leaf: str):

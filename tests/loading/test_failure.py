@@ -148,6 +148,18 @@ def test_a_failure_that_the_engine_swallows_loses_nothing(retries, scheme):
     assert refused > 5
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_whether_a_gradient_is_needed_comes_back_too(written):
+    """Engines freeze a model before they fill it."""
+    model = _build()
+    with pytest.raises(ZeroDivisionError), LayerwiseLoader(model, device="cpu"):
+        model.requires_grad_(False)
+        if written:
+            _engine(model, _weights())
+        raise ZeroDivisionError
+    assert all(p.requires_grad and p.is_meta and p.is_leaf for p in model.parameters())
+
+
 @pytest.mark.parametrize("hook", ["on_unit", "on_module", "progress"])
 def test_a_hook_that_fails_is_not_forgotten(hook):
     """It is called once, so a load in which the engine swallowed its error has not done what it says."""
