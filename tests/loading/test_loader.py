@@ -1,5 +1,6 @@
 """`LayerwiseLoader` as a whole: hooks, identity, what an exception leaves behind, threads, memory, the report."""
 
+import contextlib
 import gc
 import random
 import re
@@ -456,6 +457,23 @@ def test_no_grad_is_not_needed_beyond_the_engine_s_own():
         assert_quantized(model, "fc.weight", w)
     with pytest.raises(RuntimeError, match="leaf Variable"):
         load(Model(fc=(6, 36)), lambda params: params["fc.weight"][:3].copy_(w[:3]))
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.float64])
+def test_tied_weights_that_arrive_twice_in_another_precision(source):
+    """What passes through is rounded as it arrives, so equal values are equal however they come; others are refused."""
+    w = torch.randn(16, 36).to(source)
+    for second, refused in ((w, False), (w * 2, True)):
+        with torch.device("meta"):
+            model = torch.nn.Sequential(torch.nn.Embedding(16, 36, dtype=torch.bfloat16), torch.nn.Linear(36, 16))
+        model[1].weight = model[0].weight
+        error = pytest.raises(ConflictingShardError) if refused else contextlib.nullcontext()
+        with error, LayerwiseLoader(model, device="cpu") as loader:
+            model[0].weight.data.copy_(w)
+            model[1].weight.data.copy_(second)
+            model[1].bias.data.zero_()
+        if not refused:
+            assert torch.equal(model[0].weight, w.bfloat16()) and loader.report.duplicates == ["0.weight"]
 
 
 @pytest.mark.parametrize("entered", [torch.no_grad, torch.inference_mode])
