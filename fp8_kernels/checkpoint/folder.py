@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from .safetensors_file import TEMPORARY_SUFFIX, sync_folder
 
 PARTIAL_SUFFIX = ".partial"
+_REPLACED_SUFFIX = ".replaced"
 _RECORD = ".conversion.json"
 _LOCK = ".lock"
 
@@ -33,16 +34,19 @@ class PartialFolder:
 
     Raises:
         CheckpointError: `dst` is in use, the partial folder is of something else or of a process that is still
-            running, or nothing can be written.
+            running, a replacement broke off after it had set the old folder aside, or nothing can be written.
     """
 
     def __init__(self, dst: Path, identity: str, overwrite: bool = False):
         self._dst, self._identity, self._overwrite, self._lock = dst, identity, overwrite, None
         self.path = dst.with_name(dst.name + PARTIAL_SUFFIX)
+        self._replaced = dst.with_name(dst.name + _REPLACED_SUFFIX)
         if dst.exists() and not dst.is_dir():
             raise CheckpointError(f"{dst} must be a folder, but a file has that name")
         if dst.is_dir() and any(dst.iterdir()) and not overwrite:
-            raise CheckpointError(f"{dst} must not exist or be empty; overwrite=True replaces it")
+            raise CheckpointError(f"{dst} must not exist, or be empty; overwrite=True (--overwrite) replaces it")
+        if os.path.lexists(self._replaced):
+            raise CheckpointError(f"{self._replaced} is where {dst} waits while it is replaced; move or remove it")
 
     def __enter__(self):
         try:
@@ -52,7 +56,7 @@ class PartialFolder:
                 if not self._overwrite:
                     raise CheckpointError(
                         f"{self.path} was left by a conversion with other options, of another source or by another "
-                        "version; remove it, or start over with overwrite=True"
+                        "version; remove it, or start over with overwrite=True (--overwrite)"
                     )
                 for entry in self.path.iterdir():
                     if entry.name != _LOCK:
@@ -103,16 +107,15 @@ class PartialFolder:
             (self.path / _RECORD).unlink()
             (self.path / _LOCK).unlink()
             sync_folder(self.path)
-            replaced = None
-            if self._dst.is_dir() and any(self._dst.iterdir()):
-                replaced = self._dst.with_name(self._dst.name + ".replaced")
-                self._dst.rename(replaced)
-            elif self._dst.is_dir():
-                self._dst.rmdir()
+            if self._dst.is_dir():
+                if self._overwrite:
+                    self._dst.rename(self._replaced)
+                else:
+                    self._dst.rmdir()  # refuses where something came into it meanwhile
             self.path.rename(self._dst)
             sync_folder(self._dst.absolute().parent)
-            if replaced is not None:
-                shutil.rmtree(replaced)
+            if self._replaced.is_dir():
+                shutil.rmtree(self._replaced)
         except OSError as error:
             raise CheckpointError(f"cannot rename {self.path} to {self._dst}: {error.strerror or error}") from error
 

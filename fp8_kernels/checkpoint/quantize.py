@@ -23,7 +23,7 @@ from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, check
 from .fp8_stream import as_high_precision
 from .output import FileOutput, Output
 from .plan import PlannedTensor, plan_tensors
-from .reader import Checkpoint, TensorInfo, open_checkpoint
+from .reader import Checkpoint, TensorInfo, open_checkpoint, read_json
 from .safetensors_file import SafetensorsWriter, num_bytes
 
 INDEX = "model.safetensors.index.json"
@@ -56,7 +56,8 @@ def quantize_checkpoint(
         dtype: of the codes.
         device: where the weights are quantized; the bits do not depend on it.
         progress: called with (bytes done, bytes in total, tensor name) after every tensor.
-        overwrite: replace `dst`, and start over where `<dst>.partial` is of another conversion.
+        overwrite: replace `dst`, which has to hold an FP8 checkpoint, and start over where `<dst>.partial` is of
+            another conversion.
 
     Returns:
         What was done; the counts and bytes of a resumed conversion are those of the whole.
@@ -74,9 +75,8 @@ def quantize_checkpoint(
     items = select(checkpoint, fmt, dtype, scheme=scheme, ignore=ignore, include=include, schemes=schemes)
     stored = {name: _stored(item, fmt, dtype) for name, item in items.items()}
     quantizer = Quantizer(checkpoint, items, dtype, device)
-    dst = Path(dst)
-    if not checkpoint.is_single_file and checkpoint.folder.resolve() in (dst.resolve(), *dst.resolve().parents):
-        raise CheckpointError(f"`dst` must lie outside of the source {checkpoint.folder}, got {dst}")
+    dst = Path(dst).resolve()  # what a link points to is replaced, not the link
+    _refuse_to_lose(Path(src).resolve(), dst, overwrite)
     with PartialFolder(dst, _identity(checkpoint, fmt, items, dtype), overwrite) as folder:
         try:
             seconds = _write_weights(checkpoint, folder, items, quantizer, stored, progress)
@@ -332,6 +332,18 @@ def _kept_modules(items):
     if f"{TIED_HEAD}.weight" not in items:
         modules.add(TIED_HEAD)
     return sorted(modules)
+
+
+def _refuse_to_lose(src, dst, overwrite):
+    """Raise where writing or replacing `dst` would touch the source, or remove what no conversion wrote."""
+    if src.is_dir() and src in (dst, *dst.parents):
+        raise CheckpointError(f"`dst` must lie outside of the source {src}, got {dst}")
+    if dst in src.parents:
+        raise CheckpointError(f"`dst` must not hold the source {src}, got {dst}")
+    if overwrite and dst.is_dir() and any(dst.iterdir()):
+        config = dst / "config.json"
+        if not config.is_file() or "quantization_config" not in read_json(config):
+            raise CheckpointError(f"{dst} must hold an FP8 checkpoint to be replaced; remove it yourself")
 
 
 def _refuse_quantized(checkpoint):

@@ -277,23 +277,70 @@ def test_one_conversion_at_a_time(tmp_path):
     assert verify_checkpoint(dst, src).ok
 
 
-def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
+def test_an_fp8_folder_is_replaced_only_when_asked(tmp_path):
     """Until the new one is complete the old one stays; an empty one is no obstacle."""
     src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
-    dst.mkdir()
-    (dst / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="out must not exist or be empty"):
+    quantize_checkpoint(src, dst, "per_tensor")
+    before = tiny.files(dst)
+    with pytest.raises(CheckpointError, match="out must not exist, or be empty; overwrite=True"):
         quantize_checkpoint(src, dst)
-    assert tiny.files(dst) == {"mine.txt": b"keep"} and sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert tiny.files(dst) == before and sorted(os.listdir(tmp_path)) == ["in", "out"]
 
     def old_one_is_there(*_):
-        assert tiny.files(dst) == {"mine.txt": b"keep"}
+        assert tiny.files(dst) == before
 
     quantize_checkpoint(src, dst, overwrite=True, progress=old_one_is_there)
+    assert tiny.files(dst) != before
     assert verify_checkpoint(dst, src).ok and sorted(os.listdir(tmp_path)) == ["in", "out"]
     (tmp_path / "empty").mkdir()
     quantize_checkpoint(src, tmp_path / "empty")
     assert verify_checkpoint(tmp_path / "empty", src).ok
+
+
+def test_nothing_but_an_fp8_checkpoint_is_replaced(tmp_path):
+    """A wrong path costs nothing: neither a folder of something else, nor the source, nor what comes meanwhile."""
+    src, dst = tiny.write_single(tmp_path / "models" / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+    other = tiny.write_single(tmp_path / "bf16", tiny.tensors(num_layers=1))
+    dst.mkdir()
+    (dst / "mine.txt").write_text("keep")
+    before = tiny.files(tmp_path)
+    for place in (dst, other):
+        with pytest.raises(CheckpointError, match="must hold an FP8 checkpoint to be replaced"):
+            quantize_checkpoint(src, place, overwrite=True)
+    for source, place in ((src, tmp_path / "models"), (src / "model.safetensors", src), (src, tmp_path)):
+        with pytest.raises(CheckpointError, match="must not hold the source"):
+            quantize_checkpoint(source, place, overwrite=True)
+    assert tiny.files(tmp_path) == before
+
+    (dst / "mine.txt").unlink()
+    with pytest.raises(CheckpointError, match="cannot rename"):
+        quantize_checkpoint(src, dst, progress=lambda *_: (dst / "mine.txt").write_text("keep"))
+    assert tiny.files(dst) == {"mine.txt": b"keep"}
+
+
+def test_a_replacement_that_broke_off_is_named_before_anything_is_written(tmp_path):
+    """The folder that waits under another name may be the only whole one."""
+    src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+    quantize_checkpoint(src, dst, "per_tensor")
+    dst.rename(tmp_path / "out.replaced")
+    before = tiny.files(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="out.replaced is where .*out waits while it is replaced"):
+            quantize_checkpoint(src, dst, overwrite=overwrite)
+    assert tiny.files(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    """Its target, perhaps on a larger disk, is where the folder is made, and what is replaced."""
+    src, target = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "disk" / "fp8"
+    target.mkdir(parents=True)
+    link = tmp_path / "out"
+    link.symlink_to(target)
+    for scheme in ("per_tensor", "per_channel"):
+        quantize_checkpoint(src, link, scheme, overwrite=True)
+    assert link.is_symlink() and verify_checkpoint(target, src).ok
+    assert os.listdir(tmp_path / "disk") == ["fp8"] and sorted(os.listdir(tmp_path)) == ["disk", "in", "out"]
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file size limits on this system")
