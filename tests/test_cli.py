@@ -81,7 +81,10 @@ BAD_INPUT = {
     "unmatched pattern": (["quantize", "{model}", "{tmp}/out", "--ignore", "lm_haed"], "'lm_haed'"),
     "bad pair": (["plan", "{model}", "--scheme-for", "per_tensor"], "PATTERN=SCHEME"),
     "bad layout": (["quantize", "{model}", "{tmp}/out", "--scheme", "mxfp8"], "per_channel"),
+    "bad regular expression": (["plan", "{model}", "--ignore", "re:q_proj("], "'re:q_proj('"),
     "compare alone": (["load", "{model}", "--compare"], "--generate"),
+    "no tokenizer": (["load", "{model}", "--device", "cpu", "--generate", "Once"], "model must hold a tokenizer"),
+    "generate nowhere": (["load", "{tmp}/nowhere", "--generate", "Once"], "nowhere does not exist"),
 }
 
 
@@ -100,7 +103,14 @@ def test_unknown_scheme_lists_the_known_ones(checkpoint):
     assert result.returncode == 2 and "per_channel" in result.stderr
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_package_that_is_missing_is_named(checkpoint, capsys, monkeypatch):
+    """transformers is an extra: `load` without it says so."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli.main(["load", str(checkpoint), "--device", "cpu"]) == 2
+    assert "`load` needs transformers: pip install transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
 def test_a_device_that_is_not_there_is_refused(device, checkpoint, tmp_path, capsys):
     """Before anything is read or written."""
     with pytest.raises(SystemExit) as stopped:
