@@ -15,7 +15,7 @@ import torch
 
 from . import __version__
 from .errors import CheckpointError, LoadError, UnmatchedPatternError, UnsupportedLayoutError
-from .progress import ByteProgress
+from .progress import CLEAR_LINE, ByteProgress
 from .schemes import SCHEMES, as_scheme, dtype_name
 
 INPUT_ERRORS = (
@@ -36,17 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("fp8-kernels: interrupted", file=sys.stderr)
-        return 130
+        return _fail(130, "interrupted")
     except re.error as error:
-        print(f"fp8-kernels: 're:{error.pattern}' must be a regular expression: {error}", file=sys.stderr)
-        return 2
+        return _fail(2, f"'re:{error.pattern}' must be a regular expression: {error}")
     except ModuleNotFoundError as error:
-        print(f"fp8-kernels: `{args.run.__name__}` needs {error.name}: pip install {error.name}", file=sys.stderr)
-        return 2
+        return _fail(2, f"`{args.run.__name__}` needs {error.name}: pip install {error.name}")
     except INPUT_ERRORS as error:
-        print(f"fp8-kernels: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return _fail(2, f"{type(error).__name__}: {error}")
 
 
 def plan(args) -> int:
@@ -154,6 +150,12 @@ def env(args) -> int:
     }
     _print(args, found, "\n".join(f"{key:<20} {'-' if value is None else value}" for key, value in found.items()))
     return 0
+
+
+def _fail(code, message):
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""  # a line of progress may stand there
+    print(f"{clear}fp8-kernels: {message}", file=sys.stderr)
+    return code
 
 
 def _tokenizer(path):

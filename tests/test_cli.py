@@ -125,6 +125,14 @@ def test_nothing_but_results_on_a_pipe(checkpoint, tmp_path):
     assert result.returncode == 0 and result.stderr == "" and "14 weights" in result.stdout
 
 
+def test_an_error_on_a_terminal_does_not_stand_behind_the_progress(checkpoint, tmp_path, capsys, monkeypatch):
+    """What is left of the line is cleared first; in a log there is nothing to clear."""
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda there=is_terminal: there)
+        assert cli.main(["plan", str(tmp_path / "nowhere")]) == 2
+        assert capsys.readouterr().err.startswith("\r\x1b[Kfp8-kernels: " if is_terminal else "fp8-kernels: ")
+
+
 def test_env_names_versions_and_backends():
     """What a bug report needs."""
     found = json.loads(run("env", "--json").stdout)
