@@ -1,13 +1,14 @@
 """The `fp8-kernels` command: plan, quantize, amax, load, verify, env.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 `verify` found problems; 2 bad
-arguments or input; 130 interrupted.
+arguments or input; 130 interrupted; 141 nobody reads what it prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except re.error as error:
         return _fail(2, f"'re:{error.pattern}' must be a regular expression: {error}")
     except ModuleNotFoundError as error:
@@ -208,7 +212,7 @@ def _pair(text):
 
 
 def _print(args, results, text):
-    print(json.dumps(results, indent=2) if args.json else text)
+    print(json.dumps(results, indent=2) if args.json else text, flush=True)
 
 
 def _parser():

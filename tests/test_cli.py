@@ -125,6 +125,16 @@ def test_nothing_but_results_on_a_pipe(checkpoint, tmp_path):
     assert result.returncode == 0 and result.stderr == "" and "14 weights" in result.stdout
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes break otherwise there")
+def test_a_reader_that_has_seen_enough_is_no_error(checkpoint):
+    """`fp8-kernels plan MODEL_DIR | head -1` prints no complaint."""
+    command = [sys.executable, "-m", "fp8_kernels", "plan", str(checkpoint), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_an_error_on_a_terminal_does_not_stand_behind_the_progress(checkpoint, tmp_path, capsys, monkeypatch):
     """What is left of the line is cleared first; in a log there is nothing to clear."""
     for is_terminal in (True, False):

@@ -104,20 +104,31 @@ class PartialFolder:
         try:
             for leftover in self.path.glob(f"*.safetensors{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
-            (self.path / _RECORD).unlink()
-            (self.path / _LOCK).unlink()
             sync_folder(self.path)
             if self._dst.is_dir():
                 if self._overwrite:
                     self._dst.rename(self._replaced)
                 else:
                     self._dst.rmdir()  # refuses where something came into it meanwhile
-            self.path.rename(self._dst)
-            sync_folder(self._dst.absolute().parent)
+            try:
+                self.path.rename(self._dst)
+            except OSError:
+                if self._replaced.is_dir():
+                    self._replaced.rename(self._dst)
+                raise
+            for own in (_RECORD, _LOCK):  # not before: until then the work can be resumed
+                (self._dst / own).unlink()
+            sync_folder(self._dst.parent)
+        except OSError as error:
+            raise CheckpointError(f"cannot rename {self.path} to {self._dst}: {error.strerror or error}") from error
+        try:
             if self._replaced.is_dir():
                 shutil.rmtree(self._replaced)
         except OSError as error:
-            raise CheckpointError(f"cannot rename {self.path} to {self._dst}: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{self._dst} is complete, but what it replaced, {self._replaced}, cannot be removed: "
+                f"{error.strerror or error}"
+            ) from error
 
     def discard(self) -> None:
         """Leave nothing behind."""

@@ -1,12 +1,15 @@
 """Folders of FP8: right to the bit, complete, resumable, bounded in memory, and gone when something is wrong."""
 
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,6 +331,44 @@ def test_a_replacement_that_broke_off_is_named_before_anything_is_written(tmp_pa
         with pytest.raises(CheckpointError, match="out.replaced is where .*out waits while it is replaced"):
             quantize_checkpoint(src, dst, overwrite=overwrite)
     assert tiny.files(tmp_path) == before
+
+
+def test_what_cannot_be_replaced_stays_and_the_work_is_resumed(tmp_path, monkeypatch):
+    """The new folder cannot get its name: the old one has it again, and nothing is quantized a second time."""
+    src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+    quantize_checkpoint(src, dst, "per_tensor")
+    before = tiny.files(dst)
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.name == "out.partial":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(CheckpointError, match="cannot rename .*out.partial to .*out: Permission denied"):
+            quantize_checkpoint(src, dst, overwrite=True)
+    assert tiny.files(dst) == before and sorted(os.listdir(tmp_path)) == ["in", "out", "out.partial"]
+    progress = []
+    quantize_checkpoint(src, dst, overwrite=True, progress=lambda *call: progress.append(call))
+    assert progress == [] and verify_checkpoint(dst, src).ok and sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_an_old_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    """The new one is there by then, and the message says so."""
+    src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+    quantize_checkpoint(src, dst, "per_tensor")
+
+    def refused(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.raises(
+        CheckpointError, match="out is complete, but .*out.replaced, cannot be removed: Permission denied"
+    ):
+        quantize_checkpoint(src, dst, overwrite=True)
+    assert verify_checkpoint(dst, src).ok and set(tiny.files(dst)) == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
