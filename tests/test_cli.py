@@ -97,6 +97,27 @@ def test_bad_input_exits_with_2_and_one_line(args, message, checkpoint, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_interrupted_goes_on(checkpoint, tmp_path, capsys, monkeypatch):
+    """Ctrl-C says what the half-made folder is good for; the same command then makes it whole."""
+
+    class Stops:
+        def __init__(self, label):
+            self.calls = 0
+
+        def __call__(self, *progress):
+            self.calls += 1
+            if self.calls > 9:
+                raise KeyboardInterrupt
+
+    command = ["quantize", str(checkpoint), str(tmp_path / "out"), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "ByteProgress", Stops)
+        assert cli.main(command) == 130
+    assert "interrupted; the same command goes on from there" in capsys.readouterr().err
+    assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
+    assert cli.main(command) == 0 and cli.main(["verify", str(tmp_path / "out"), "--against", str(checkpoint)]) == 0
+
+
 def test_unknown_scheme_lists_the_known_ones(checkpoint):
     """argparse's own check, with its exit code."""
     result = run("plan", checkpoint, "--scheme", "per_row")
