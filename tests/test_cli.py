@@ -41,6 +41,15 @@ def test_plan_shows_every_decision_and_loads_nothing(checkpoint, capsys):
     assert plan["bytes_in"] > plan["peak"] > plan["resident"]
 
 
+def test_plan_promises_nothing_for_weights_that_lie_turned(tmp_path, capsys):
+    """GPT-2's rows are no output channels: `quantize` refuses them, and no module runs them in FP8."""
+    state = tiny.tensors(num_layers=1)
+    folder = tiny.write_single(tmp_path / "model", state, {"model_type": "gpt2"})
+    assert cli.main(["plan", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "(stored as [K, N])" in out and f"\n0 of {len(state)} tensors become FP8" in out
+
+
 def test_quantize_then_verify(checkpoint, tmp_path, capsys):
     """The folder appears, verifies against its source, and stops verifying when one byte changes."""
     out = tmp_path / "fp8"
