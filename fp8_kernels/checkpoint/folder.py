@@ -53,6 +53,10 @@ class PartialFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if not self._holds_the_same():
+                if not (self.path / _RECORD).exists():
+                    raise CheckpointError(
+                        f"{self.path} must be left by a conversion, but holds files of something else"
+                    )
                 if not self._overwrite:
                     raise CheckpointError(
                         f"{self.path} was left by a conversion with other options, of another source or by another "

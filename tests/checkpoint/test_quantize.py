@@ -315,6 +315,13 @@ def test_nothing_but_an_fp8_checkpoint_is_replaced(tmp_path):
             quantize_checkpoint(source, place, overwrite=True)
     assert tiny.files(tmp_path) == before
 
+    partial = tmp_path / "new.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="new.partial must be left by a conversion"):
+        quantize_checkpoint(src, tmp_path / "new", overwrite=True)
+    assert (partial / "mine.txt").read_text() == "keep"
+
     (dst / "mine.txt").unlink()
     with pytest.raises(CheckpointError, match="cannot rename"):
         quantize_checkpoint(src, dst, progress=lambda *_: (dst / "mine.txt").write_text("keep"))
