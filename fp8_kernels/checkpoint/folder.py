@@ -55,7 +55,7 @@ class PartialFolder:
             if not self._holds_the_same():
                 if not (self.path / _RECORD).exists():
                     raise CheckpointError(
-                        f"{self.path} is where {self._dst} is made, but holds files of something else; move or remove it"
+                        f"{self.path} is where {self._dst} is made, but holds something else; move or remove it"
                     )
                 if not self._overwrite:
                     raise CheckpointError(

@@ -318,7 +318,7 @@ def test_nothing_but_an_fp8_checkpoint_is_replaced(tmp_path):
     partial = tmp_path / "new.partial"
     partial.mkdir()
     (partial / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="new.partial is where .*new is made, but holds files of something else"):
+    with pytest.raises(CheckpointError, match="new.partial is where .*new is made, but holds something else"):
         quantize_checkpoint(src, tmp_path / "new", overwrite=True)
     assert (partial / "mine.txt").read_text() == "keep"
 
