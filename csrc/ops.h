@@ -1,4 +1,4 @@
-// The ops; fp8_kernels/ops.py holds their schemas and fp8_kernels/reference.py their definition.
+// The ops; fp8_kernels/backends.py holds their schemas and fp8_kernels/reference.py their definition.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,23 +1,24 @@
 """The `fp8-kernels` command: plan, quantize, amax, load, verify, env.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 `verify` found problems; 2 bad
-arguments or input; 130 interrupted.
+arguments or input; 130 interrupted; 141 nobody reads what it prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 
 import torch
 
 from . import __version__
 from .errors import CheckpointError, LoadError, UnmatchedPatternError, UnsupportedLayoutError
-from .progress import ByteProgress
+from .progress import CLEAR_LINE, ByteProgress
 from .schemes import SCHEMES, as_scheme, dtype_name
 
-FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 INPUT_ERRORS = (
     CheckpointError,
     LoadError,
@@ -26,6 +27,7 @@ INPUT_ERRORS = (
     ValueError,
     TypeError,
     OSError,
+    torch.OutOfMemoryError,
 )
 
 
@@ -35,11 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("fp8-kernels: interrupted", file=sys.stderr)
-        return 130
+        return _fail(130, "interrupted" + ("; the same command goes on from there" if args.run is quantize else ""))
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except re.error as error:
+        return _fail(2, f"'re:{error.pattern}' must be a regular expression: {error}")
+    except ModuleNotFoundError as error:
+        return _fail(2, f"`{args.run.__name__}` needs {error.name}: pip install {error.name}")
     except INPUT_ERRORS as error:
-        print(f"fp8-kernels: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return _fail(2, f"{type(error).__name__}: {error}")
 
 
 def plan(args) -> int:
@@ -59,7 +66,6 @@ def quantize(args) -> int:
         args.model,
         args.out,
         format=args.format,
-        dtype=FP8_DTYPES[args.dtype],
         device=args.device,
         overwrite=args.overwrite,
         progress=ByteProgress("quantize"),
@@ -84,13 +90,14 @@ def load(args) -> int:
 
     if args.compare and not args.generate:
         raise ValueError("`--compare` must come with `--generate PROMPT`")
+    tokenizer = _tokenizer(args.model) if args.generate else None  # one that is missing is found before loading
     activation = None if args.activation == "none" else args.activation
     model, report = load_model(
         args.model, device=args.device, activation=activation, progress=ByteProgress("load"), **_selection(args, None)
     )
     results, lines = {"report": report.as_dict()}, [str(report)]
     if args.generate:
-        results["fp8"] = _generate(model, args)
+        results["fp8"] = _generate(model, tokenizer, args)
         lines.append(f"\nFP8:  {results['fp8']}")
     if args.compare:
         from transformers import AutoModelForCausalLM, logging
@@ -99,7 +106,7 @@ def load(args) -> int:
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
         original = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device)
-        results["original"] = _generate(original, args)
+        results["original"] = _generate(original, tokenizer, args)
         lines.append(f"{dtype_name(original.dtype)}: {results['original']}")
     _print(args, results, "\n".join(lines))
     return 0
@@ -149,11 +156,26 @@ def env(args) -> int:
     return 0
 
 
-def _generate(model, args):
-    """Greedy continuation of the prompt, so that two models can be compared word by word."""
+def _fail(code, message):
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""  # a line of progress may stand there
+    print(f"{clear}fp8-kernels: {message}", file=sys.stderr)
+    return code
+
+
+def _tokenizer(path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    from .checkpoint import open_checkpoint
+
+    open_checkpoint(path)  # or transformers would take a path that is not there for a name on the Hub
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must hold a tokenizer for `--generate`: {str(error).splitlines()[0]}") from error
+
+
+def _generate(model, tokenizer, args):
+    """Greedy continuation of the prompt, so that two models can be compared word by word."""
     inputs = tokenizer(args.generate, return_tensors="pt").to(args.device)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
@@ -172,9 +194,9 @@ def _selection(args, default="per_channel"):
 
 
 def _device(text):
-    """A device that is there; argparse reports what is raised."""
+    """A device that is there, and holds values; argparse reports what is raised."""
     try:
-        torch.empty(1, device=text)
+        torch.empty(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a device of this machine: {str(error).splitlines()[0]}"
@@ -190,7 +212,7 @@ def _pair(text):
 
 
 def _print(args, results, text):
-    print(json.dumps(results, indent=2) if args.json else text)
+    print(json.dumps(results, indent=2) if args.json else text, flush=True)
 
 
 def _parser():
@@ -206,9 +228,9 @@ def _parser():
             sub.add_argument("model", metavar="MODEL_DIR", help=model_help)
         return sub
 
-    def selection(sub):
+    def selection(sub, default="per_channel"):
         sub.add_argument("--scheme", choices=sorted(SCHEMES), metavar="SCHEME",
-                         help=f"what one scale covers: {', '.join(SCHEMES)} (default: per_channel)")  # fmt: skip
+                         help=f"what one scale covers: {', '.join(SCHEMES)} (default: {default})")  # fmt: skip
         sub.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                          help="keep in high precision: a name, a glob or re:REGEX; may be repeated")  # fmt: skip
         sub.add_argument("--include", action="append", default=[], metavar="PATTERN",
@@ -217,25 +239,26 @@ def _parser():
                          help="another scheme for some weights")  # fmt: skip
         return sub
 
-    def device(sub):
+    def device(sub, what):
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        sub.add_argument("--device", default=default, type=_device, help="where to quantize (default: %(default)s)")
+        sub.add_argument("--device", default=default, type=_device, help=f"where to {what} (default: %(default)s)")
 
     selection(command(plan))
     sub = selection(command(quantize))
     sub.add_argument("out", metavar="OUT_DIR", help="the folder to write; appears only when complete")
-    sub.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "fp8"))
-    sub.add_argument("--dtype", default="e4m3", choices=FP8_DTYPES)
-    sub.add_argument("--overwrite", action="store_true", help="replace OUT_DIR")
-    device(sub)
-    device(command(amax))
-    sub = selection(command(load))
+    sub.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "fp8"),
+                     help="fp8: DeepSeek's, for per_block (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--overwrite", action="store_true", help="replace OUT_DIR, where that is an FP8 checkpoint")
+    device(sub, "quantize")
+    device(command(amax), "look at the weights")
+    sub = selection(command(load), "per_channel; a folder that holds FP8 weights is taken as it is")
     sub.add_argument("--activation", default="dynamic", choices=("dynamic", "none"),
                      help="quantize activations per token, or keep them (default: %(default)s)")  # fmt: skip
     sub.add_argument("--generate", metavar="PROMPT", help="continue this text, greedily")
-    sub.add_argument("--max-new-tokens", type=int, default=24)
+    sub.add_argument("--max-new-tokens", type=int, default=24, metavar="N",
+                     help="how many tokens to generate (default: %(default)s)")  # fmt: skip
     sub.add_argument("--compare", action="store_true", help="also generate with the original model")
-    device(sub)
+    device(sub, "load")
     sub = command(verify, "a folder that `fp8-kernels quantize` wrote")
     sub.add_argument("--against", metavar="MODEL_DIR", help="the checkpoint it was made from: compare every bit")
     command(env, model_help=None)

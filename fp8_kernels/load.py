@@ -35,7 +35,7 @@ from .wire import SpanLoad, suits
 
 def load_checkpoint(
     model: nn.Module,
-    source: str | os.PathLike | Checkpoint | Iterable[tuple[str, torch.Tensor]],
+    source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
     scheme: str | Scheme | None = None,
     *,
     device: torch.device | str | None = None,
@@ -52,10 +52,10 @@ def load_checkpoint(
 
     Args:
         model: built under `torch.device("meta")`.
-        source: a checkpoint folder or .safetensors file, an opened one, or any iterable of `(name, tensor)`, which
-            is consumed one tensor at a time. FP8 weights come with `<name>_scale` or `<name>_scale_inv`, before or
-            after them. Where a folder has a sidecar of maxima (`fp8-kernels amax`), `per_tensor` weights are quantized
-            as they arrive, with the same bits.
+        source: a checkpoint folder or .safetensors file, an opened one, tensors by name, or any iterable of `(name,
+            tensor)`, which is consumed one tensor at a time. FP8 weights come with `<name>_scale` or
+            `<name>_scale_inv`, before or after them. Where a folder has a sidecar of maxima (`fp8-kernels amax`),
+            `per_tensor` weights are quantized as they arrive, with the same bits.
         scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`; per_channel by default. But
             where none of them is given, a folder that holds FP8 weights is taken as it is, with its codes, scales
             and what it kept. Else FP8 weights are taken as they are where their scales cover what they are to cover,
@@ -82,10 +82,13 @@ def load_checkpoint(
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(source, (str, os.PathLike)):
         source = open_checkpoint(source)
+    elif isinstance(source, Mapping):
+        source = source.items()
     is_iterable = not isinstance(source, Checkpoint)
     with no_collection(), ExitStack() as stack:
         spans, total, stored, kept, amax = None, 0, {}, {}, {}
-        rules = {"ignore": list(ignore), "include": list(include), "schemes": schemes}
+        chosen = Rules(ignore=ignore, include=include)
+        rules = {"ignore": list(chosen.ignore), "include": list(chosen.include), "schemes": schemes}
         as_it_is = scheme is None and not any(rules.values())
         rules["scheme"] = "per_channel" if scheme is None else scheme
         if isinstance(source, Checkpoint):

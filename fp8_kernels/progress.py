@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+CLEAR_LINE = "\r\x1b[K"
+
 
 class ByteProgress:
     """Called with `(done, total, what)`, rewrites one line of stderr at most ten times a second.
@@ -27,7 +29,7 @@ class ByteProgress:
         rate = done / max(now - self._started_at, 1e-9) / 1e9
         size = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"
         line = f"{self.label} {done / max(total, 1):4.0%}  {size}  {rate:.2f} GB/s  {what}"
-        self.stream.write(f"\r\x1b[K{line[:110]}")
+        self.stream.write(CLEAR_LINE + line[:110])
         if done >= total:
-            self.stream.write("\r\x1b[K")
+            self.stream.write(CLEAR_LINE)
         self.stream.flush()

@@ -8,7 +8,7 @@ that have a scale each (`PerTensor(segments=...)`) are weights of their own to t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -20,7 +20,7 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 NUMERICS = ("exact", "vllm")  # the registered ops take the index
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Scheme:
     """Common part of all schemes.
 
@@ -53,6 +53,11 @@ class Scheme:
 
     segments = ()
 
+    def __repr__(self):
+        """As it is made: the arguments that differ from the default."""
+        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     @property
     def block(self) -> tuple[int, int]:
         """(rows, columns) that share a scale; `WHOLE` is the full extent."""
@@ -66,7 +71,7 @@ class Scheme:
         return (*shape[:-2], _num_blocks(shape[-2], block_n), _num_blocks(shape[-1], block_k))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerTensor(Scheme):
     """One scale a weight, or one an expert: scale `[...]` for `[..., N, K]`.
 
@@ -108,7 +113,7 @@ class PerTensor(Scheme):
         return (*shape[:-2], len(self.segments))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerChannel(Scheme):
     """One scale an output row: scale `[..., N, 1]`."""
 
@@ -117,7 +122,7 @@ class PerChannel(Scheme):
         return 1, WHOLE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerBlock(Scheme):
     """One scale a `block_n x block_k` tile: scale `[..., ceil(N/block_n), ceil(K/block_k)]`.
 
@@ -132,7 +137,7 @@ class PerBlock(Scheme):
         return self.block_n, self.block_k
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerGroup(Scheme):
     """One scale for `group_size` neighbours in a row: scale `[..., N, ceil(K/group_size)]`."""
 

@@ -121,6 +121,53 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def table(text):
+    """Cells of the README's table that follows a text, row by row, without its head."""
+    after = (ROOT / "README.md").read_text().partition(text)[2]
+    lines = after[after.index("\n|") + 1 :].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def results(name):
+    return json.loads((ROOT / "bench/results" / f"{name}.json").read_text())
+
+
+def test_accuracy_in_the_readme_is_what_was_measured():
+    """Each row of the table is two rows of the results, rounded; the GPU's are as near as the text says."""
+    cpu, gpu = (
+        {(row["scheme"], row["activation"]): row for row in results(f"accuracy_{machine}")["rows"]}
+        for machine in ("cpu", "nvidia-h100-80gb-hbm3")
+    )
+    rows = table("**What FP8 costs.**")
+    assert len(rows) == len(cpu) / 2
+    for scheme, *cells in rows:
+        for activation, shown in (("none", cells[:3]), ("dynamic", cells[3:])):
+            row = cpu[scheme.strip("`"), activation]
+            assert shown == [f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['ppl']:.2f}"], (scheme, activation)
+    words = r"KL and top-1 are\s+within ([\d.]+) of it, perplexity within ([\d.]+)\)"
+    near, perplexity = map(float, re.search(words, (ROOT / "README.md").read_text()).groups())
+    for key, row in cpu.items():
+        assert abs(row["ppl"] - gpu[key]["ppl"]) <= perplexity
+        assert all(abs(row[what] - gpu[key][what]) < near + 5e-5 for what in ("kl", "top1"))
+
+
+def test_loads_in_the_readme_are_what_was_measured():
+    """Seconds, GB/s and memory of each way are those of the results, rounded."""
+    saved = results("load_nvidia-h100-80gb-hbm3")
+    measured = {
+        (load["system"], load.get("scheme")): load
+        for load in (*saved["loads"], *saved["loops"])
+        if load["model"].startswith("qwen") and load["cache"] == "warm" and "seconds" in load
+    }
+    ways = [("fp8_kernels", "per_channel"), ("fp8_kernels", "per_tensor"), ("engine's loop", "per_channel")]
+    ways += [("engine's loop", "bf16"), ("transformers bf16", None), ("transformers FineGrainedFP8", None)]
+    for way, (_, seconds, rate, above) in zip(ways, table("**Loading.**"), strict=True):
+        load = measured[way]
+        size = (load["peak_allocated"] - load["resident"]) / 2**20
+        sizes = {f"{size:.0f}" if round(size) == 0 else f"{size:.0f} MiB", f"{size / 1024:.1f} GiB"}
+        assert (seconds, rate) == (f"{load['seconds']:.2f}", f"{load['gb_per_s']:.1f}") and above in sizes, way
+
+
 def make_model(folder):
     """A small Llama with a tokenizer, as `save_pretrained` writes it."""
     transformers = pytest.importorskip("transformers", reason="`fp8-kernels load` builds transformers models")

@@ -339,6 +339,23 @@ def test_iterable_is_consumed_one_tensor_at_a_time(folders):
     assert most <= 2
 
 
+def test_tensors_by_name_are_a_source():
+    """As `state_dict` gives them; a bare string is no list of patterns, whose letters would be some."""
+    weights = {"weight": torch.randn(8, 16), "bias": torch.randn(8)}
+
+    def load(source, **options):
+        with torch.device("meta"):
+            model = torch.nn.Linear(16, 8)
+        load_checkpoint(model, source, device="cpu", runnable=False, **options)
+        return model.state_dict()
+
+    found, expected = load(weights), load(weights.items())
+    assert found.keys() == expected.keys() == {"weight", "weight_scale", "bias"}
+    assert all(torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected)
+    with pytest.raises(TypeError, match="`ignore` must be a list of patterns, got the string 'weight'"):
+        load(weights, ignore="weight")
+
+
 def test_progress_ends_at_the_size_of_the_checkpoint(folders):
     """Progress counts the checkpoint's bytes, up to all of them."""
     calls = []

@@ -47,6 +47,20 @@ def test_scheme_name_is_the_inverse():
     assert "64" in scheme_name(PerBlock(64, 128))
 
 
+@pytest.mark.parametrize(
+    "scheme, text",
+    [
+        (PerChannel(), "PerChannel()"),
+        (PerGroup(64), "PerGroup(group_size=64)"),
+        (PerTensor((2, 3)), "PerTensor(segments=(2, 3))"),
+        (PerBlock(64, 128, pow2=True, numerics="exact"), "PerBlock(pow2=True, block_n=64)"),
+    ],
+)
+def test_a_scheme_prints_as_it_is_made(scheme, text):
+    """Plans and errors show it where it has no name."""
+    assert repr(scheme) == text and eval(text) == scheme
+
+
 def test_unknown_name_lists_the_known_ones():
     """The message is the documentation that a user sees first."""
     with pytest.raises(ValueError, match="per_channel.*got 'per_row'"):

@@ -33,7 +33,7 @@ class PartialFolder:
 
     Raises:
         CheckpointError: `dst` is in use, the partial folder is of something else or of a process that is still
-            running, or nothing can be written.
+            running, what an earlier replacement set aside is still there, or nothing can be written.
     """
 
     def __init__(self, dst: Path, identity: str, overwrite: bool = False):
@@ -49,11 +49,13 @@ class PartialFolder:
             self._take_lock()
             if not self._holds_the_same():
                 if not (self.path / _RECORD).exists():
-                    raise CheckpointError(f"{self.path} must not exist: it holds something else than a conversion")
+                    raise CheckpointError(
+                        f"{self.path} is where {self._dst} is made, but holds something else; move or remove it"
+                    )
                 if not self._overwrite:
                     raise CheckpointError(
                         f"{self.path} was left by a conversion with other options, of another source or by another "
-                        "version; remove it, or start over with overwrite=True"
+                        "version; remove it, or start over with overwrite=True (--overwrite)"
                     )
                 for entry in self.path.iterdir():
                     if entry.name != _LOCK:
@@ -107,14 +109,25 @@ class PartialFolder:
                 self._dst.rename(self._replaced)
             elif self._dst.is_dir():
                 self._dst.rmdir()
-            self.path.rename(self._dst)
+            try:
+                self.path.rename(self._dst)
+            except OSError:
+                if is_replaced:
+                    self._replaced.rename(self._dst)
+                raise
             for name in (_RECORD, _LOCK):  # not before: what is stopped between can be resumed
                 (self._dst / name).unlink()
-            sync_folder(self._dst.absolute().parent)
-            if is_replaced:
-                shutil.rmtree(self._replaced)
+            sync_folder(self._dst.parent)
         except OSError as error:
             raise CheckpointError(f"cannot rename {self.path} to {self._dst}: {error.strerror or error}") from error
+        if is_replaced:
+            try:
+                shutil.rmtree(self._replaced)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._dst} is complete, but what it replaced, {self._replaced}, cannot be removed: "
+                    f"{error.strerror or error}"
+                ) from error
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -124,9 +137,11 @@ class PartialFolder:
         """Does `dst` hold something? Also asked at the end, since somebody may have put it there meanwhile."""
         holds_something = self._dst.is_dir() and any(self._dst.iterdir())
         if holds_something and not self._overwrite:
-            raise CheckpointError(f"{self._dst} must not exist or be empty; overwrite=True replaces it")
-        if holds_something and self._replaced.exists():
-            raise CheckpointError(f"{self._replaced} must not exist: what {self._dst} holds is moved there; remove it")
+            raise CheckpointError(f"{self._dst} must not exist, or be empty; overwrite=True (--overwrite) replaces it")
+        if holds_something and os.path.lexists(self._replaced):
+            raise CheckpointError(
+                f"{self._replaced} is where {self._dst} waits while it is replaced; move or remove it"
+            )
         return holds_something
 
     def _holds_the_same(self):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..loading.forecast import Decision, Forecast
 from ..loading.rules import Rules
 from ..schemes import Scheme
+from .formats import TRANSPOSED_MODEL_TYPES
 from .reader import Checkpoint, TensorInfo
 
 
@@ -47,7 +48,11 @@ def plan_checkpoint(
     Raises:
         UnmatchedPatternError: a pattern matched nothing.
     """
-    return plan_tensors(checkpoint.metadata(), scheme, ignore, include, schemes)
+    plan = plan_tensors(checkpoint.metadata(), scheme, ignore, include, schemes)
+    if checkpoint.config.get("model_type") in TRANSPOSED_MODEL_TYPES:  # neither a format nor a module has them in FP8
+        kept = {t.name: replace(t, scheme=None, why="stored as [K, N]") for t in plan.quantized}
+        plan = CheckpointPlan(tuple(kept.get(t.name, t) for t in plan.tensors))
+    return plan
 
 
 def plan_tensors(

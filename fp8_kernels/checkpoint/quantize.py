@@ -23,7 +23,7 @@ from .formats import TIED_HEAD, TRANSPOSED_MODEL_TYPES, Format, as_format, check
 from .fp8_stream import as_high_precision
 from .output import FileOutput, Output
 from .plan import PlannedTensor, plan_tensors
-from .reader import Checkpoint, TensorInfo, open_checkpoint
+from .reader import Checkpoint, TensorInfo, open_checkpoint, read_json
 from .safetensors_file import SafetensorsWriter, num_bytes
 
 INDEX = "model.safetensors.index.json"
@@ -56,7 +56,8 @@ def quantize_checkpoint(
         dtype: of the codes.
         device: where the weights are quantized; the bits do not depend on it.
         progress: called with (bytes done, bytes in total, tensor name) after every tensor.
-        overwrite: replace `dst`, and start over where `<dst>.partial` is of another conversion.
+        overwrite: replace `dst`, which has to hold an FP8 checkpoint, and start over where `<dst>.partial` is of
+            another conversion.
 
     Returns:
         What was done; the counts and bytes of a resumed conversion are those of the whole.
@@ -77,6 +78,8 @@ def quantize_checkpoint(
     quantizer = Quantizer(checkpoint, items, dtype, device)
     dst = Path(dst)
     _refuse_overlap(checkpoint, dst)
+    if overwrite:
+        _refuse_foreign(dst)
     with PartialFolder(dst, _identity(checkpoint, fmt, items, dtype), overwrite) as folder:
         try:
             seconds = _write_weights(checkpoint, folder, items, quantizer, stored, progress)
@@ -332,6 +335,14 @@ def _kept_modules(items):
     if f"{TIED_HEAD}.weight" not in items:
         modules.add(TIED_HEAD)
     return sorted(modules)
+
+
+def _refuse_foreign(dst):
+    """Raise where what would be replaced was written by no conversion."""
+    if dst.is_dir() and any(dst.iterdir()):
+        config = dst / "config.json"
+        if not config.is_file() or "quantization_config" not in read_json(config):
+            raise CheckpointError(f"{dst} must hold an FP8 checkpoint to be replaced; remove it yourself")
 
 
 def _refuse_quantized(checkpoint):

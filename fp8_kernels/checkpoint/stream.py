@@ -24,7 +24,7 @@ _LOOK_AT = 1024  # weights: each keeps 512 bytes of the device until then
 
 
 def quantize_weights(
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
     scheme: str | Scheme = "per_channel",
     format: str = "compressed-tensors",
     *,
@@ -55,7 +55,8 @@ def quantize_weights(
     members are held until its last one has come.
 
     Args:
-        weights: (name, tensor) in the checkpoint's names; a tensor may be overwritten once the next is asked for.
+        weights: (name, tensor) in the checkpoint's names, or tensors by name; a tensor may be overwritten once the
+            next is asked for.
         scheme, ignore, include, schemes: which weights become FP8 and how, see `Rules`.
         format: "compressed-tensors" or "fp8", see `formats`.
         dtype: of the codes.
@@ -78,7 +79,13 @@ def quantize_weights(
         UnmatchedPatternError: at the end; a pattern matched nothing, neither of what came nor of `names`, and the
             weights are not `partial`.
     """
-    rules = Rules(scheme, tuple(ignore), tuple(include), dict(schemes or {}))
+    if isinstance(weights, (str, os.PathLike, Checkpoint)):
+        raise TypeError(
+            "`weights` must be (name, tensor) pairs; a checkpoint's are `fk.open_checkpoint(path).tensors()`"
+        )
+    if isinstance(weights, Mapping):
+        weights = weights.items()
+    rules = Rules(scheme, ignore, include, dict(schemes or {}))
     known = None if names is None else frozenset(names)
     return QuantizedWeights(weights, rules, as_format(format), dtype, device, known, amax or {}, partial, progress)
 

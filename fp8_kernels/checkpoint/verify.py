@@ -48,7 +48,8 @@ class VerifyReport:
     def __str__(self):
         checked = f"{self.path}: {self.num_tensors} tensors, {self.num_quantized} of them FP8"
         if self.problems:
-            return "\n".join([f"{checked}, {len(self.problems)} problems", *(f"  {line}" for line in self.problems)])
+            count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+            return "\n".join([f"{checked}, {count}", *(f"  {line}" for line in self.problems)])
         same = f", every bit as quantized from {self.against}" if self.against else ""
         return f"{checked}, complete, shapes and dtypes right, scales finite and positive{same}"
 

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..buffers import keep_precision
 from ..errors import LoadError
 from ..loading.report import Report
+from ..loading.rules import Rules
 from ..modules import checked_activation
 from ..ops import FP8_DTYPES
 from ..schemes import Scheme, as_scheme, dtype_name, scheme_name
@@ -57,7 +58,8 @@ class Fp8KernelsConfig(QuantizationConfigMixin):
     ):
         self.quant_method = METHOD
         self.scheme = None if scheme is None else as_scheme(scheme)
-        self.ignore, self.include = tuple(ignore), tuple(include)
+        chosen = Rules(ignore=ignore, include=include)
+        self.ignore, self.include = chosen.ignore, chosen.include
         self.schemes = {pattern: as_scheme(each) for pattern, each in (schemes or {}).items()}
         self.activation = checked_activation(activation)
         if dtype not in FP8_DTYPES:

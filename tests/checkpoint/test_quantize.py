@@ -1,12 +1,15 @@
 """Folders of FP8: right to the bit, complete, resumable, bounded in memory, and gone when something is wrong."""
 
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,23 +280,91 @@ def test_one_conversion_at_a_time(tmp_path):
     assert verify_checkpoint(dst, src).ok
 
 
-def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
+def test_an_fp8_folder_is_replaced_only_when_asked(tmp_path):
     """Until the new one is complete the old one stays; an empty one is no obstacle."""
     src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
-    dst.mkdir()
-    (dst / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="out must not exist or be empty"):
+    quantize_checkpoint(src, dst, "per_tensor")
+    before = tiny.files(dst)
+    with pytest.raises(CheckpointError, match="out must not exist, or be empty; overwrite=True"):
         quantize_checkpoint(src, dst)
-    assert tiny.files(dst) == {"mine.txt": b"keep"} and sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert tiny.files(dst) == before and sorted(os.listdir(tmp_path)) == ["in", "out"]
 
     def old_one_is_there(*_):
-        assert tiny.files(dst) == {"mine.txt": b"keep"}
+        assert tiny.files(dst) == before
 
     quantize_checkpoint(src, dst, overwrite=True, progress=old_one_is_there)
+    assert tiny.files(dst) != before
     assert verify_checkpoint(dst, src).ok and sorted(os.listdir(tmp_path)) == ["in", "out"]
     (tmp_path / "empty").mkdir()
     quantize_checkpoint(src, tmp_path / "empty")
     assert verify_checkpoint(tmp_path / "empty", src).ok
+
+
+def test_nothing_but_an_fp8_checkpoint_is_replaced(tmp_path):
+    """A wrong path costs nothing: neither a folder of something else, nor the source."""
+    src, dst = tiny.write_single(tmp_path / "models" / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+    other = tiny.write_single(tmp_path / "bf16", tiny.tensors(num_layers=1))
+    dst.mkdir()
+    (dst / "mine.txt").write_text("keep")
+    before = tiny.files(tmp_path)
+    for place in (dst, other):
+        with pytest.raises(CheckpointError, match="must hold an FP8 checkpoint to be replaced"):
+            quantize_checkpoint(src, place, overwrite=True)
+    for source, place in ((src, tmp_path / "models"), (src / "model.safetensors", src), (src, tmp_path)):
+        with pytest.raises(CheckpointError, match="holds the source|must lie outside of the source"):
+            quantize_checkpoint(source, place, overwrite=True)
+    assert tiny.files(tmp_path) == before
+
+
+def test_what_cannot_be_replaced_stays_and_the_work_is_resumed(tmp_path, monkeypatch):
+    """The new folder cannot get its name: the old one has it again, and nothing is quantized a second time."""
+    src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+    quantize_checkpoint(src, dst, "per_tensor")
+    before = tiny.files(dst)
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.name == "out.partial":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(CheckpointError, match="cannot rename .*out.partial to .*out: Permission denied"):
+            quantize_checkpoint(src, dst, overwrite=True)
+    assert tiny.files(dst) == before and sorted(os.listdir(tmp_path)) == ["in", "out", "out.partial"]
+    progress = []
+    quantize_checkpoint(src, dst, overwrite=True, progress=lambda *call: progress.append(call))
+    assert progress == [] and verify_checkpoint(dst, src).ok and sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_an_old_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    """The new one is there by then, and the message says so."""
+    src, dst = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "out"
+    quantize_checkpoint(src, dst, "per_tensor")
+
+    def refused(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.raises(
+        CheckpointError, match="out is complete, but .*out.replaced, cannot be removed: Permission denied"
+    ):
+        quantize_checkpoint(src, dst, overwrite=True)
+    assert verify_checkpoint(dst, src).ok and set(tiny.files(dst)) == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    """Its target, perhaps on a larger disk, is where the folder is made, and what is replaced."""
+    src, target = tiny.write_single(tmp_path / "in", tiny.tensors(num_layers=1)), tmp_path / "disk" / "fp8"
+    target.mkdir(parents=True)
+    link = tmp_path / "out"
+    link.symlink_to(target)
+    for scheme in ("per_tensor", "per_channel"):
+        quantize_checkpoint(src, link, scheme, overwrite=True)
+    assert link.is_symlink() and verify_checkpoint(target, src).ok
+    assert os.listdir(tmp_path / "disk") == ["fp8"] and sorted(os.listdir(tmp_path)) == ["disk", "in", "out"]
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file size limits on this system")
@@ -405,7 +476,7 @@ def test_a_folder_that_only_has_the_name_of_a_partial_one_stays(overwrite, tmp_p
     mine = tmp_path / "out.partial"
     mine.mkdir()
     (mine / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="out.partial must not exist"):
+    with pytest.raises(CheckpointError, match="out.partial is where .*out is made, but holds something else"):
         quantize_checkpoint(src, tmp_path / "out", overwrite=overwrite)
     assert (mine / "mine.txt").read_text() == "keep"
 
@@ -418,7 +489,7 @@ def test_what_is_put_into_dst_meanwhile_stays(tmp_path):
         dst.mkdir(exist_ok=True)
         (dst / "mine.txt").write_text("keep")
 
-    with pytest.raises(CheckpointError, match="out must not exist or be empty"):
+    with pytest.raises(CheckpointError, match="out must not exist, or be empty"):
         quantize_checkpoint(src, dst, progress=another)
     assert tiny.files(dst) == {"mine.txt": b"keep"}
     made = (tmp_path / "out.partial" / "model.safetensors").stat().st_ino
@@ -435,7 +506,7 @@ def test_killed_while_the_folder_gets_its_name(overwrite, tmp_path, monkeypatch)
     for step in range(steps):
         dst, calls = tmp_path / f"out{step}", []
         if overwrite:
-            tiny.write_single(dst, tiny.tensors())
+            quantize_checkpoint(src, dst, "per_tensor")
 
         def killed(*args, calls=calls, step=step, **kwargs):
             calls.append(args)
@@ -452,7 +523,7 @@ def test_killed_while_the_folder_gets_its_name(overwrite, tmp_path, monkeypatch)
         assert verify_checkpoint(dst, src).ok and (dst / "model.safetensors").stat().st_mtime_ns == made
     if overwrite:  # moved away, and not replaced by the call that moved it
         assert (tmp_path / "out1.replaced").exists()
-        with pytest.raises(CheckpointError, match="out1.replaced must not exist"):
+        with pytest.raises(CheckpointError, match="out1.replaced is where .*out1 waits"):
             quantize_checkpoint(src, dst, "per_tensor", overwrite=True)
 
 

@@ -194,3 +194,19 @@ def test_what_is_wrong_is_named():
         fk.quantize_weights([good], "per_planet")
     with pytest.raises(fk.CheckpointError, match="no weight"):
         fk.quantization_config([("norm.weight", torch.zeros(4, device="meta"))])
+
+
+def test_weights_may_be_given_by_name_but_not_by_path(tmp_path):
+    """A dict is its items; a folder, opened or not, is told how to become what is wanted."""
+    state = tiny.tensors(num_layers=1)
+    equal_bits(dict(fk.quantize_weights(state)), dict(fk.quantize_weights(state.items())))
+    folder = tiny.write_single(tmp_path / "in", state)
+    for weights in (str(folder), folder, open_checkpoint(folder)):
+        with pytest.raises(TypeError, match=r"open_checkpoint\(path\).tensors\(\)"):
+            fk.quantize_weights(weights)
+
+
+def test_a_bare_string_is_no_list_of_patterns():
+    """Its letters would be patterns."""
+    with pytest.raises(TypeError, match="`include` must be a list of patterns, got the string 'lm_head'"):
+        fk.quantize_weights({}, include="lm_head")

@@ -8,8 +8,6 @@ from torch import nn
 from ..case import Do, Load, Refused, Weights, Write, values
 from .registry import Draft, row
 
-ONE = torch.ones(())
-
 
 def rows_of(start, end):
     """A loader that copies into these rows."""

@@ -20,16 +20,6 @@ def is_final(*names):
     return Do(f"look whether {', '.join(names)} is final", look)
 
 
-def is_open(*names):
-    """A step: these modules lack elements, so they cannot be final."""
-
-    def look(session):
-        early = [name for name in names if name in session.finished]
-        assert not early, f"{', '.join(early)} is final although elements are missing"
-
-    return Do(f"look whether {', '.join(names)} is open", look)
-
-
 @row("B", "only what a checkpoint can hold is waited for")
 def never_loaded_buffer(scheme):
     w, other = values(4, 6, 36), values(3, 5)
