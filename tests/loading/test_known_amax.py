@@ -153,4 +153,4 @@ def test_maxima_of_nothing_or_of_another_shape_are_refused():
         ({"fc.weight": 1.0}, "got 1.0"),
     ):
         with pytest.raises(ValueError, match=match):
-            LayerwiseLoader(model, "per_tensor", device="cpu", amax=amax)
+            _ = LayerwiseLoader(model, "per_tensor", device="cpu", amax=amax).plan
