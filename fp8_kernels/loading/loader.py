@@ -20,7 +20,7 @@ from .prefetch import Prefetch
 from .ranks import Ranks
 from .reload import Reload
 from .report import Report
-from .rules import matches
+from .rules import as_patterns, matches
 from .session import Hooks, Session
 from .unit import Unit
 
@@ -117,11 +117,11 @@ class LayerwiseLoader:
         self.model = model
         self._rules = {
             "scheme": "per_channel" if scheme is None else scheme,
-            "ignore": tuple(ignore),
-            "include": tuple(include),
+            "ignore": as_patterns("ignore", ignore),
+            "include": as_patterns("include", include),
             "schemes": schemes,
             "dtype": dtype,
-            "optional": tuple(optional),
+            "optional": as_patterns("optional", optional),
             "logical_shapes": logical_shapes,
             "stream": stream,
             "segments": segments,
@@ -129,12 +129,12 @@ class LayerwiseLoader:
         if staging_budget is not None and staging_budget < 0:
             raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")
         self._staging_budget = staging_budget
-        self._offload = tuple(offload)
+        self._offload = as_patterns("offload", offload)
         self._amax = dict(amax or {})
         if self._amax and scale_group is not None:
             raise ValueError("`amax` must not come with `scale_group`: where maxima are told, ranks have none to share")
-        if scope is not None and not isinstance(scope, str):
-            scope = tuple(scope)
+        if scope is not None:
+            scope = as_patterns("scope", scope)
         self._ranks = None if scale_group is None else Ranks(scale_group)
         self._reload_options = None
         if reload is not None:
