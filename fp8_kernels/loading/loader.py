@@ -75,7 +75,7 @@ class LayerwiseLoader:
         amax: parameter -> `max |w|` of its elements, fp32 `[]`, or `[E]` for experts, where that is known before they
             arrive: under `per_tensor` these tell the scales, and shards are quantized as they arrive, as under other
             schemes. Of the whole weight where this rank holds a part, they give each rank the scales of the whole.
-            Nothing checks them: a larger element saturates.
+            Nothing compares them with what arrives: a larger element saturates.
 
     Attributes:
         plan: the `Plan`; also there before the context is entered.
@@ -302,6 +302,9 @@ def _check_amax(amax, plan):
         if not isinstance(known, torch.Tensor) or known.dtype != torch.float32 or tuple(known.shape) != shape:
             found = f"{known.dtype} {tuple(known.shape)}" if isinstance(known, torch.Tensor) else repr(known)
             raise ValueError(f"`amax` of `{name}` must be float32 of shape {shape}, got {found}")
+        bad = known[~(known.isfinite() & (known >= 0))]
+        if bad.numel():
+            raise ValueError(f"`amax` of `{name}` must be finite and no less than 0, got {bad[0].item()}")
 
 
 def _real_device(device):
