@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from .echoes import COPYING
 from .op_info import op_info
 from .writes import Writes
 
@@ -71,7 +72,10 @@ class CopyCounter(TorchDispatchMode):
         if not targets:
             if info.name in ("_to_copy", "scalar_tensor") and _is_meta(kwargs.get("device")):
                 return self._stay_real(func, info, args, kwargs)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if info.name in COPYING and isinstance(result, torch.Tensor) and isinstance(args[0], torch.Tensor):
+                self._writes.copied(args[0], result)
+            return result
         if info.is_like:
             device = kwargs.get("device")
             return func(*args, **{**kwargs, "device": self._writes.device if _is_meta(device or "meta") else device})

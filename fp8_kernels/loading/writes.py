@@ -13,6 +13,7 @@ from .arena import Staging
 from .arrivals import Arrivals
 from .compare import are_powers_of_two
 from .coverage import Box
+from .echoes import COPYING, Echoes
 from .hands import Hands
 from .op_info import OpInfo, op_info
 from .plan import Entry
@@ -44,6 +45,7 @@ class Writes:
         self.report = report
         self.error: LoadError | None = None  # the first, in case the engine's own code swallows it
         self.has_tied_real = False
+        self.echoes = Echoes()
         self._hands = Hands(report, on_unit, on_final, progress)
         self._lock = threading.RLock()
         self._records = Records(report, staging.device)
@@ -78,9 +80,26 @@ class Writes:
         if t.layout is not torch.strided:
             return None
         known = self._by_storage.get(t.untyped_storage()._cdata)
-        if written and known is None and (self._frozen or self._watched):
-            self._notice_write(t)
+        if written and known is None:
+            if self._frozen or self._watched:
+                self._notice_write(t)
+            if self.echoes:
+                known = self._adopt(t)
         return known and Target(t, *known, written)
+
+    def _adopt(self, t):
+        """A write to the copy that stands in the place of a weight (`model.to(...)`) is one to the weight."""
+        tracked = self.echoes.in_place(t)
+        if tracked is None:
+            return None
+        if t.dtype != tracked.entry.dtype:
+            self.error = self.error or LoadError(
+                f"`{tracked.entry.name}` was cast to {t.dtype} before it had arrived, and is written now: cast the "
+                "model before the context or after it"
+            )
+            raise self.error
+        self.track(tracked, t)
+        return self._by_storage[t.untyped_storage()._cdata]
 
     def _notice_write(self, t):
         entry, name = (held.get(t.untyped_storage()._cdata) for held in (self._watched, self._frozen))
@@ -91,6 +110,12 @@ class Writes:
                 f"`{name}` must not be written by this reload: it is out of its `scope`, or holds codes or scales"
             )
             raise self.error
+
+    def copied(self, t: torch.Tensor, copy: torch.Tensor):
+        """`copy` was made of `t`, which may be tracked, or a copy of what is."""
+        tracked = self.owner(t) or self.echoes.of(t)
+        if tracked is not None and any(not unit.final and not unit.coverage.complete for unit in tracked.units):
+            self.echoes.add(copy, tracked)
 
     @property
     def failure(self) -> BaseException | None:
@@ -112,7 +137,7 @@ class Writes:
             known = self._by_storage.get(t.untyped_storage()._cdata)
         except NotImplementedError:  # sparse, or batched by vmap
             return False
-        if known is None:
+        if known is None or (self.echoes and self.echoes.of(source)):
             return False
         tracked, shape = known[0], t.shape
         if (
@@ -281,7 +306,11 @@ class Writes:
             buffers = [self._readable(t) for t in targets]
             result = call(func, info, args, kwargs, targets, buffers, self.staging)
             self._release(targets, buffers)
+            if info.name in COPYING:
+                self.copied(args[0], result)
             return result
+        if info.is_copy and self._brings_nothing(written[0], targets, args[1]):
+            return args[0]
         refuse(info, args, kwargs, targets)
         if len(written) > 1:
             _refuse_shared(written, info)
@@ -338,6 +367,24 @@ class Writes:
             unit.zero_gaps()
             unit.read_since_write = True
         return self._gather(target)
+
+    def _brings_nothing(self, target, targets, source):
+        """Is that what can be read of these very elements, some of which have not arrived?"""
+        if all(unit.final or unit.coverage.complete for unit in target.units):
+            return False
+        for other in targets:
+            if other is not target or source is target.tensor:
+                return _is_same_view(target, other)
+        known = isinstance(source, torch.Tensor) and self.echoes and self.echoes.of(source) is target.tracked
+        if not known or source.shape != target.tensor.shape or any(u.final or u.streamed for u in target.units):
+            return False
+        buffer = self._readable(target)
+        held = target.view(buffer).to(source.dtype)
+        same = source.to(held.device) == held
+        if held.is_floating_point():
+            same |= source.to(held.device).isnan() & held.isnan()
+        self._release([target], [buffer])
+        return bool(same.all())
 
     def _writable(self, target, info, args, kwargs, targets):
         """Real memory for an op to write into."""
@@ -402,6 +449,10 @@ class Writes:
     def _targets_of(self, args):
         found = (self.find(x, written=i == 0) for i, x in enumerate(args) if isinstance(x, torch.Tensor))
         return [target for target in found if target]
+
+
+def _is_same_view(a, b):
+    return all(getattr(a, name) == getattr(b, name) for name in ("tracked", "first", "offset", "sizes", "strides"))
 
 
 def _refuse_shared(written, info):
