@@ -257,6 +257,7 @@ class Writes:
         """Finish a unit that no write completed; what is not written of it is 0."""
         if unit.scheme is not None:
             unit.zero_gaps()
+            unit.coverage.add_box(unit.tracked.unit_box)  # it may have to wait for other ranks
             self._hands.finish(unit)
         else:
             self._hands.pass_through(unit)
