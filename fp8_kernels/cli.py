@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 
 import torch
@@ -41,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except re.error as error:
-        return _fail(2, f"'re:{error.pattern}' must be a regular expression: {error}")
     except ModuleNotFoundError as error:
         return _fail(2, f"`{args.run.__name__}` needs {error.name}: pip install {error.name}")
     except INPUT_ERRORS as error:

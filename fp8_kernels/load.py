@@ -294,7 +294,8 @@ def known_maxima(model, checkpoint: Checkpoint, rules) -> dict[str, torch.Tensor
             continue
         part.copy_(torch.maximum(part, amax))  # keeps NaN
         numel[destination.name] = numel.get(destination.name, 0) + math.prod(infos[name].shape)
-    return {name: amax for name, amax in found.items() if numel.get(name) == parameters[name].numel()}
+    # NaN and Inf are found, and named, where the weight arrives.
+    return {n: amax for n, amax in found.items() if numel.get(n) == parameters[n].numel() and amax.isfinite().all()}
 
 
 @contextmanager

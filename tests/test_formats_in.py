@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import fp8_kernels as fk
 from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
-from fp8_kernels.errors import IncompleteLoadError
+from fp8_kernels.errors import IncompleteLoadError, NonFiniteWeightError
 from fp8_kernels.loading.rules import Rules
 from fp8_kernels.modules import Fp8Linear
 from fp8_kernels.names import Names
@@ -133,6 +133,31 @@ def test_partly_quantized_folder(source, tmp_path, way):
     assert type(first.self_attn.q_proj) is torch.nn.Linear and isinstance(second.self_attn.q_proj, Fp8Linear)
     whole = load(way, tmp_path / "fp8", "per_channel")
     assert not differing(whole, load("load_model", source[0], "per_channel"))
+
+
+@pytest.mark.parametrize("way", [*WAYS, "spans"])
+@pytest.mark.parametrize("bad", ["weight", "weight_scale"])
+def test_fp8_folder_that_is_not_finite(source, tmp_path, way, bad):
+    """A NaN among its codes or an Inf among its scales is refused by name, as in a bf16 weight."""
+    quantize_checkpoint(source[0], tmp_path / "fp8")
+    tensors = {name: t.clone() for name, t in open_checkpoint(tmp_path / "fp8").tensors()}
+    module = "model.layers.1.self_attn.k_proj"
+    tensors[f"{module}.{bad}"].view(-1)[-1] = float("nan" if bad == "weight" else "inf")
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    options = {"transfer": way} if way == "spans" else {}
+    with pytest.raises(NonFiniteWeightError, match=rf"1 weights hold NaN or Inf: {module}.weight$"):
+        load("load_model" if way == "spans" else way, tmp_path / "fp8", **options)
+
+
+def test_the_report_counts_weights_that_were_fp8(source, tmp_path):
+    """They are none that were made, and none that stayed in high precision."""
+    quantize_checkpoint(source[0], tmp_path / "fp8", ignore=["model.layers.0"])
+    _, report = fk.load_model(tmp_path / "fp8", device="cpu")
+    kept = len(report.passed_through) - report.fp8_tensors
+    assert report.fp8_tensors == 4 + 2
+    assert str(report).startswith(f"6 FP8 weights taken as they are on cpu, {kept} passed through\n")
+    _, report = fk.load_model(source[0], device="cpu")
+    assert report.fp8_tensors == 0 and str(report).startswith("12 weights (28 units) to FP8 per_channel on cpu, ")
 
 
 def test_dequantizing_is_streamed(tmp_path):

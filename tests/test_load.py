@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fp8_kernels import load as load_module
@@ -400,3 +401,17 @@ def test_a_stale_sidecar_is_refused(folders, tmp_path):
     with pytest.raises(CheckpointError, match="fp8-kernels amax"):
         load_checkpoint(meta_model(folder), folder, "per_tensor", device="cpu")
     load_checkpoint(meta_model(folder), folder, "per_channel", device="cpu")
+
+
+def test_a_sidecar_of_nan_names_the_weight_that_holds_it(tmp_path):
+    """As an error of the load: the sidecar says what is true of the weights."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    weights = {"0.weight": torch.randn(4, 6), "1.weight": torch.randn(3, 4)}
+    weights["1.weight"][2, 1] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    write_amax(folder)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 3, bias=False))
+    with pytest.raises(NonFiniteWeightError, match="1 weights hold NaN or Inf: 1.weight"):
+        load_checkpoint(model, folder, "per_tensor", device="cpu")

@@ -211,7 +211,7 @@ class QuantizedWeights:
         codes, shape = self._placed(codes), self._fmt.scale_shape(tuple(codes.shape), scheme)
         scale = self._placed(stored).float().reshape(-1).expand(math.prod(shape)).reshape(shape).contiguous()
         self._count_held(codes)
-        yield from self._made(name, codes, scale, scale.isfinite().all() & (not holds_nan(codes)))
+        yield from self._made(name, codes, scale, scale.isfinite().all() & ~holds_nan(codes))
 
     def _dequantized(self, name, codes, stored, dtype):
         codes, stored = self._placed(codes), usable(self._placed(stored))

@@ -7,6 +7,8 @@ import math
 import torch
 
 from ..errors import IncompleteLoadError, LoadError, NonFiniteWeightError
+from ..ops import FP8_DTYPES
+from .fp8_source import holds_nan
 from .plan import Plan
 from .staging import Tracked
 from .target import describe
@@ -34,11 +36,10 @@ def check_complete(tracked_tensors: list[Tracked], num_shards: int):
 
 
 def check_finite(tracked_tensors: list[Tracked]):
-    """Raise NonFiniteWeightError; one look at all scales, since a NaN or Inf in a weight is in its scale."""
+    """Raise NonFiniteWeightError; one look at all scales, since a NaN or Inf in a weight is in its scale, and one at
+    what was FP8 already."""
     quantized = [t for t in tracked_tensors if t.entry.scheme and t.units]
-    if not quantized:
-        return
-    names = []
+    names = _not_finite_fp8(tracked_tensors)
     kinds: dict[tuple, list[Tracked]] = {}
     for t in quantized:
         kinds.setdefault((t.scale.device, t.scale.dtype), []).append(t)
@@ -115,6 +116,22 @@ def _all_finite(scales):
         return True
     # A sum that is infinite may be one of large scales.
     return int(torch.stack(found).max()) != 0xFF if is_exponent else math.isfinite(torch.stack(found).sum())
+
+
+def _not_finite_fp8(tracked_tensors):
+    """Names of weights that passed through in FP8 and are not finite, by their codes or by the scales beside them."""
+    by_name = {name: t.handle for t in tracked_tensors if t.entry.scheme is None for name in t.entry.names}
+    flags = {}
+    for tracked in tracked_tensors:
+        name = tracked.entry.name
+        if tracked.entry.scheme is None and tracked.entry.dtype in FP8_DTYPES:
+            flags[name] = holds_nan(by_name[name])
+            scale = by_name.get(f"{name}_scale")
+            if scale is not None and scale.is_floating_point():
+                flags[name] |= _not_finite(scale).any().to(flags[name].device)
+    device = next(iter(flags.values())).device if flags else None
+    found = torch.stack([flag.to(device) for flag in flags.values()]).tolist() if flags else []  # one wait
+    return [name for name, is_bad in zip(flags, found, strict=True) if is_bad]
 
 
 def _not_finite(scale):

@@ -66,6 +66,12 @@ def _exceeds(values, scale, fp8_dtype, block_n, block_k):
     return values.float().abs() > dequantize(largest, scale, torch.float32, block_n, block_k) * (1 + 2**-20)
 
 
+def are_equal(held: torch.Tensor, new: torch.Tensor) -> bool:
+    """Are these codes, or scales, the same? `new` may be on another device."""
+    held, new = (t.view(torch.uint8) if t.element_size() == 1 else t for t in (held, new))
+    return torch.equal(held, new.to(held.device))
+
+
 def are_powers_of_two(scale: torch.Tensor) -> bool:
     """Are all of these scales, as a power-of-two scheme stores them?"""
     return scale.dtype == torch.float8_e8m0fnu or not bool((scale.float().view(torch.int32) & 0x7FFFFF).any())

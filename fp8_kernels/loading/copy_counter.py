@@ -49,10 +49,8 @@ class CopyCounter(TorchDispatchMode):
 
     def leave(self):
         """Leave the mode, however much of it was entered or left before. On the thread that entered it."""
-        if self in _get_current_dispatch_mode_stack():
-            super().__exit__(None, None, None)
-        if self._function_mode in _get_current_function_mode_stack():
-            self._function_mode.__exit__(None, None, None)
+        _take_out(self, _get_current_dispatch_mode_stack(), TorchDispatchMode)
+        _take_out(self._function_mode, _get_current_function_mode_stack(), TorchFunctionMode)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -121,6 +119,17 @@ class CopyCounter(TorchDispatchMode):
             self._writes.assign(targets[0].tracked, args[0], source)
             return args[0]
         return func(*args, **kwargs)
+
+
+def _take_out(mode, stack, kind):
+    """Leave a mode of that kind; those that were entered after it, as another load's, stay."""
+    if mode not in stack:
+        return
+    above = stack[stack.index(mode) + 1 :]
+    for each in (*reversed(above), mode):
+        kind.__exit__(each, None, None, None)
+    for each in above:
+        kind.__enter__(each)
 
 
 class _KeepReal(TorchFunctionMode):

@@ -75,10 +75,12 @@ def _fits(q, scale, scheme):
     return not scale.ndim or tuple(scale.shape) == scheme.scale_shape(q.shape)
 
 
-def holds_nan(q):
-    """Do codes hold NaN or Inf? Read from the bits, in bytes: wider temporaries would not fit the memory bound."""
-    magnitude = q.view(torch.uint8) & 0x7F
+def holds_nan(q: torch.Tensor) -> torch.Tensor:
+    """Do codes hold NaN or Inf? Bool `[]`. Read from the bits, some at a time, to fit the memory bound."""
     first = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}.get(q.dtype)
-    if first is None:  # the fnuz formats have one NaN, which is negative zero elsewhere
-        return bool((q.view(torch.uint8) == 0x80).any())
-    return bool((magnitude >= first).any())
+    bits = q.view(torch.uint8).reshape(1, -1) if q.ndim < 2 else q.view(torch.uint8)
+    found = torch.zeros((), dtype=torch.bool, device=q.device)
+    for piece in bits.split(max(PIECE_BYTES * len(bits) // max(bits.numel(), 1), 1)) if bits.numel() else ():
+        # The fnuz formats have one NaN, which is negative zero elsewhere.
+        found |= (piece == 0x80).any() if first is None else (piece & 0x7F).max() >= first
+    return found

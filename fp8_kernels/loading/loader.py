@@ -21,7 +21,7 @@ from .prefetch import Prefetch
 from .ranks import Ranks
 from .reload import Reload
 from .report import Report
-from .rules import matches
+from .rules import as_patterns, matches
 from .session import Hooks, Session
 from .unit import Unit
 
@@ -76,7 +76,7 @@ class LayerwiseLoader:
         amax: parameter -> `max |w|` of its elements, fp32 `[]`, or `[E]` for experts, where that is known before they
             arrive: under `per_tensor` these tell the scales, and shards are quantized as they arrive, as under other
             schemes. Of the whole weight where this rank holds a part, they give each rank the scales of the whole.
-            Nothing checks them: a larger element saturates.
+            Nothing compares them with what arrives: a larger element saturates.
 
     Attributes:
         plan: the `Plan`; also there before the context is entered.
@@ -118,11 +118,11 @@ class LayerwiseLoader:
         self.model = model
         self._rules = {
             "scheme": "per_channel" if scheme is None else scheme,
-            "ignore": tuple(ignore),
-            "include": tuple(include),
+            "ignore": as_patterns("ignore", ignore),
+            "include": as_patterns("include", include),
             "schemes": schemes,
             "dtype": dtype,
-            "optional": tuple(optional),
+            "optional": as_patterns("optional", optional),
             "logical_shapes": logical_shapes,
             "stream": stream,
             "segments": segments,
@@ -130,12 +130,12 @@ class LayerwiseLoader:
         if staging_budget is not None and staging_budget < 0:
             raise ValueError(f"`staging_budget` must be a number of bytes, got {staging_budget}")
         self._staging_budget = staging_budget
-        self._offload = tuple(offload)
+        self._offload = as_patterns("offload", offload)
         self._amax = dict(amax or {})
         if self._amax and scale_group is not None:
             raise ValueError("`amax` must not come with `scale_group`: where maxima are told, ranks have none to share")
-        if scope is not None and not isinstance(scope, str):
-            scope = tuple(scope)
+        if scope is not None:
+            scope = as_patterns("scope", scope)
         self._ranks = None if scale_group is None else Ranks(scale_group)
         self._reload_options = None
         if reload is not None:
@@ -317,6 +317,9 @@ def _check_amax(amax, plan):
         if not isinstance(known, torch.Tensor) or known.dtype != torch.float32 or tuple(known.shape) != shape:
             found = f"{known.dtype} {tuple(known.shape)}" if isinstance(known, torch.Tensor) else repr(known)
             raise ValueError(f"`amax` of `{name}` must be float32 of shape {shape}, got {found}")
+        bad = known[~(known.isfinite() & (known >= 0))]
+        if bad.numel():
+            raise ValueError(f"`amax` of `{name}` must be finite and no less than 0, got {bad[0].item()}")
 
 
 def _real_device(device):

@@ -15,7 +15,7 @@ from ..errors import UnmatchedPatternError
 from ..ops import FP8_DTYPES
 from ..schemes import PerTensor, Scheme, scheme_name
 from .forecast import Decision, Forecast
-from .rules import Rules, matches
+from .rules import Rules, as_patterns, matches
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def make_plan(
     if dtype not in FP8_DTYPES:
         raise TypeError(f"`dtype` must be one of {FP8_DTYPES}, got {dtype}")
     rules = Rules(scheme, ignore, include, dict(schemes or {}))
-    optional, logical_shapes = tuple(optional), dict(logical_shapes or {})
+    optional, logical_shapes = as_patterns("optional", optional), dict(logical_shapes or {})
     segments = {pattern: tuple(rows) for pattern, rows in (segments or {}).items()}
     by_default, streams = (True, dict(stream)) if isinstance(stream, Mapping) else (stream, {})
     unused = {*optional, *logical_shapes, *streams, *segments}

@@ -58,17 +58,15 @@ class Reload:
         self,
         model: torch.nn.Module,
         mode: str,
-        scope: Iterable[str] | None,
+        scope: tuple[str, ...] | None,
         optional: tuple[str, ...],
         has_hooks: bool,
         stream: bool | Mapping[str, bool] = True,
     ):
         if mode not in MODES:
             raise ValueError(f"`reload` must be one of {MODES}, got {mode!r}")
-        if isinstance(scope, str):
-            raise TypeError(f"`scope` must be a list of patterns, got the string {scope!r}")
         self.model, self.mode = model, mode
-        self._scope = None if scope is None else tuple(scope)
+        self._scope = scope
         self._optional, self._has_hooks, self._stream = optional, has_hooks, stream
         self._made_by_hooks: set[tuple[int, str]] = set()
         self._weights = self._find()

@@ -14,6 +14,7 @@ class Report:
     quantized_units: int = 0
     quantized_tensors: int = 0
     passed_through: dict[str, str] = field(default_factory=dict)  # name -> why
+    fp8_tensors: int = 0  # of what passed through, weights that were FP8 already
     duplicates: list[str] = field(default_factory=list)  # shards that arrived again with the same value
     rewrites: list[str] = field(default_factory=list)  # shards that arrived again, changed, before completion
     defaulted: list[str] = field(default_factory=list)  # optional tensors that never arrived
@@ -39,9 +40,11 @@ class Report:
 
     def __str__(self):
         gigabytes = self.bytes_in / 1e9
+        done = [f"{self.fp8_tensors} FP8 weights taken as they are"] if self.fp8_tensors else []
+        if self.quantized_tensors or not done:
+            done.insert(0, f"{self.quantized_tensors} weights ({self.quantized_units} units) to FP8 {self.scheme}")
         lines = [
-            f"{self.quantized_tensors} weights ({self.quantized_units} units) to FP8 {self.scheme} on {self.device}, "
-            f"{len(self.passed_through)} passed through",
+            f"{', '.join(done)} on {self.device}, {len(self.passed_through) - self.fp8_tensors} passed through",
             f"{size_text(self.bytes_in)} in, {size_text(self.bytes_out)} out, {self.seconds:.2f} s"
             + (f" ({gigabytes / self.seconds:.2f} GB/s)" if self.seconds else ""),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -47,8 +48,9 @@ class Rules:
 
     def __post_init__(self):
         self.scheme = as_scheme(self.scheme)
-        self.ignore, self.include = _patterns("ignore", self.ignore), _patterns("include", self.include)
+        self.ignore, self.include = as_patterns("ignore", self.ignore), as_patterns("include", self.include)
         self.schemes = {pattern: as_scheme(scheme) for pattern, scheme in (self.schemes or {}).items()}
+        as_patterns("schemes", self.schemes)
         self._unused = {*self.ignore, *self.include, *self.schemes}
 
     def decide(self, name: str, shape, dtype, module: torch.nn.Module | None = None) -> tuple[Scheme | None, str]:
@@ -87,11 +89,37 @@ class Rules:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Does the pattern match this name, or a module that contains it?"""
+    """Does the pattern match this name, or a module that contains it?
+
+    Raises:
+        ValueError: it is no regular expression behind `re:`.
+    """
     if pattern.startswith("re:"):
-        return re.search(pattern[3:], name) is not None
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"{pattern!r} must be a regular expression behind 're:': {error}") from error
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...]:
+    """What a caller gave for `argument`.
+
+    Raises:
+        TypeError: that is no list of patterns; a string would be one of single letters.
+        ValueError: a regular expression is none.
+    """
+    if isinstance(patterns, str):
+        raise TypeError(f"`{argument}` must be a list of patterns, got the string {patterns!r}")
+    if not isinstance(patterns, Iterable | None):
+        raise TypeError(f"`{argument}` must be a list of patterns, got {patterns!r}")
+    patterns = tuple(patterns or ())
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`{argument}` must be a list of patterns, which are strings, got {pattern!r} in it")
+        matches(pattern, "")
+    return patterns
 
 
 def _kept_by_default(name, shape, module):
@@ -104,9 +132,3 @@ def _kept_by_default(name, shape, module):
     elif len(shape) == 3 and not _EXPERTS.search(name):
         return "3-D, but not experts"
     return next((role for role, pattern in _KEPT.items() if pattern.search(name)), None)
-
-
-def _patterns(name, patterns):
-    if isinstance(patterns, str):
-        raise TypeError(f"`{name}` must be a list of patterns, got the string {patterns!r}")
-    return tuple(patterns or ())

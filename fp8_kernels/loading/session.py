@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 
 from ..errors import LoadError
+from ..ops import FP8_DTYPES
 from .arena import Staging
 from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import BelowModes, CopyCounter
@@ -148,6 +149,7 @@ class Session:
     def _track(self, entry):
         if entry.scheme is None:
             self.report.passed_through[entry.name] = entry.why
+            self.report.fp8_tensors += entry.dtype in FP8_DTYPES
             if entry.on_meta:
                 self._make_real(entry)
         if not entry.tracked:

@@ -167,6 +167,10 @@ class Unit:
             self.streamed = Coverage(self.shape)
         self.streamed.add_box(box)
 
+    def is_made(self, box: Box) -> bool:
+        """Is that rectangle quantized?"""
+        return self.final or (self.streamed is not None and not self.streamed.missing(box))
+
     def spill(self, host: Arena) -> int:
         """Move what was written and is not quantized to the host; returns its bytes."""
         self.spilled, spilled = [], 0

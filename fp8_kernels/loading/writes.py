@@ -11,7 +11,7 @@ from ..errors import ConflictingShardError, LoadError
 from ..schemes import Scheme, have_same_groups
 from .arena import Staging
 from .arrivals import Arrivals
-from .compare import are_powers_of_two
+from .compare import are_equal, are_powers_of_two
 from .coverage import Box
 from .echoes import COPYING, Echoes
 from .hands import Hands
@@ -195,7 +195,7 @@ class Writes:
 
     def take_codes(self, t: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, stored: Scheme) -> bool:
         """Codes and scales for a view of a weight, as they are. Returns False, and has done nothing, where the weight
-        is of another format, the view is not of whole groups, or something was written there before.
+        is of another format, the view is not of whole groups, or something else was written there before.
 
         Args:
             t: a view of the weight, of rows.
@@ -213,7 +213,7 @@ class Writes:
             target.locate()
             units, scheme = target.units, tracked.entry.scheme
             found = target.rectangle() if units and t.stride()[-2:] == (tracked.unit_shape[1], 1) else None
-            if found is None or tracked.whole_groups(found[0]) != found[0] or any(unit.final for unit in units):
+            if found is None or tracked.whole_groups(found[0]) != found[0]:
                 return False
             box = found[0]
             if tracked.edges:
@@ -222,18 +222,25 @@ class Writes:
             exact = exact and (not scheme.pow2 or are_powers_of_two(scale))
             same = tuple(scale.shape) == scheme.scale_shape(q.shape) and have_same_groups(scheme, stored, q.shape)
             fits = scale.numel() == 1 or same
-            if not exact or not fits or any(unit.coverage.overlap_box(box) for unit in units):
+            again = any(unit.final or unit.coverage.overlap_box(box) for unit in units)
+            if not exact or not fits or (again and not all(unit.is_made(box) for unit in units)):
                 return False
             self.staging.in_use = units
             self._hands.let_go(self._hands.mine(), units)
             tracked.allocate()
             codes, scales = tracked.result_of(target.first, len(units), box)
-            bring = self.staging.sources.bring
-            bring(codes, q.reshape(codes.shape))
-            bring(scales, scale.reshape(()).expand(scales.shape) if scale.numel() == 1 else scale.reshape(scales.shape))
-            for unit in units:
-                unit.coverage.add_box(box)
-                unit.add_streamed(box)
+            q = q.reshape(codes.shape)
+            scale = scale.reshape(()).expand(scales.shape) if scale.numel() == 1 else scale.reshape(scales.shape)
+            if again:
+                if not (are_equal(codes, q) and are_equal(scales, scale.to(scales.dtype))):
+                    return False
+                self.report.duplicates.append(str(target))
+            else:
+                self.staging.sources.bring(codes, q)
+                self.staging.sources.bring(scales, scale)
+                for unit in units:
+                    unit.coverage.add_box(box)
+                    unit.add_streamed(box)
             self._hands.hold_units(units)
             self.report.shards += 1
             self.report.bytes_in += q.nbytes + scale.nbytes
@@ -267,6 +274,7 @@ class Writes:
         """Finish a unit that no write completed; what is not written of it is 0."""
         if unit.scheme is not None:
             unit.zero_gaps()
+            unit.coverage.add_box(unit.tracked.unit_box)  # it may have to wait for other ranks
             self._hands.finish(unit)
         else:
             self._hands.pass_through(unit)

@@ -127,6 +127,26 @@ def test_shards_of_a_fused_weight():
         assert (model.experts.weight_scale[:, rows:] == halves[1][1]).all()
 
 
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("into", ["per_channel", "per_block", "per_group"])
+def test_one_scale_for_all_that_arrives_twice(into, waits):
+    """Codes and scales stay those that arrived, whether or not the weight was finished in between."""
+    model = Model(fc=(256, 384), fc2=(6, 36))
+    q, scale = fk.quantize(values(256, 384), "per_tensor")
+    halves = [(model.fc.weight.data[rows], q[rows]) for rows in (slice(0, 128), slice(128, 256))]
+    with LayerwiseLoader(model, into, device="cpu") as loader:
+        for part, codes in halves:
+            loader.copy_codes(part, codes, scale)
+        if not waits:
+            model.fc2.weight.data.zero_()
+        for part, codes in halves:
+            loader.copy_codes(part, codes, scale)
+        model.fc2.weight.data.zero_()
+    _assert_codes(model.fc, q, scale)
+    assert loader.report.duplicates[:2] == [f"fc.weight rows {r} of 256, all columns" for r in ("0:128", "128:256")]
+    assert not loader.report.rewrites
+
+
 def test_what_is_refused():
     """Other shapes, scales that fit nothing, NaN, and another value for what arrived before."""
     q, scale = fk.quantize(values(6, 36), "per_channel")

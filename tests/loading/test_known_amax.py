@@ -143,14 +143,20 @@ def test_codes_with_a_scale_of_their_own_are_quantized_again():
     assert torch.equal(model.fc.weight.view(torch.uint8), wanted.view(torch.uint8))
 
 
-def test_maxima_of_nothing_or_of_another_shape_are_refused():
-    """The message names the tensor and the shape that it has to have."""
+def test_what_is_no_maximum_is_refused():
+    """Of nothing, of another shape, or no finite number: the message names the tensor and what it has to be."""
     model = Model(fc=(16, 24), experts=(3, 8, 8))
     for amax, match in (
         ({"fcc.weight": torch.tensor(1.0)}, "'fcc.weight'"),
         ({"experts.weight": torch.tensor(1.0)}, r"`experts.weight` must be float32 of shape \(3,\), got torch.float32"),
         ({"fc.weight": torch.ones((), dtype=torch.bfloat16)}, r"`fc.weight` must be .* got torch.bfloat16"),
         ({"fc.weight": 1.0}, "got 1.0"),
+        ({"fc.weight": torch.tensor(-1.0)}, r"`fc.weight` must be finite and no less than 0, got -1.0"),
+        (
+            {"experts.weight": torch.tensor([1.0, float("nan"), 2.0])},
+            "`experts.weight` must be finite .* nan",
+        ),
+        ({"fc.weight": torch.tensor(float("inf"))}, "got inf"),
     ):
         with pytest.raises(ValueError, match=match):
             _ = LayerwiseLoader(model, "per_tensor", device="cpu", amax=amax).plan

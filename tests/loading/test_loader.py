@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
 import fp8_kernels as fk
 from fp8_kernels.errors import ConflictingShardError, IncompleteLoadError, LoadError, UnmatchedPatternError
@@ -434,6 +436,27 @@ def test_the_context_is_entered_once_at_a_time():
         with loader:
             model.fc.weight.data.copy_(w)
     assert_quantized(model, "fc.weight", w)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fails", [False, True])
+def test_two_loaders_left_in_the_order_in_which_they_were_entered(fails):
+    """Each sees its own model to its own end, and nothing of torch stays as they had it."""
+    first, second, w = Model(fc=(6, 36)), Model(fc=(6, 36)), values(6, 36)
+    loaders = [LayerwiseLoader(model, device="cpu") for model in (first, second)]
+    for loader in loaders:
+        loader.__enter__()
+    if not fails:
+        first.fc.weight.copy_(w)
+    second.fc.weight[:2].copy_(w[:2])
+    with pytest.raises(IncompleteLoadError) if fails else contextlib.nullcontext():
+        loaders[0].__exit__(None, None, None)
+    second.fc.weight[2:].copy_(w[2:])
+    loaders[1].__exit__(None, None, None)
+    assert_quantized(second, "fc.weight", w)
+    assert first.fc.weight.is_meta if fails else first.fc.weight.dtype == torch.float8_e4m3fn
+    assert not _get_current_dispatch_mode_stack() and not _get_current_function_mode_stack()
+    assert not is_in_torch_dispatch_mode()
 
 
 def test_schemes_by_pattern():

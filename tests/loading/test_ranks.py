@@ -170,7 +170,25 @@ def different_units(shard):
     assert model.a.weight.is_meta
 
 
-CHECKS = (unsharded_scales, local_scales, one_rank_fails, different_units)
+def optional_weights(shard):
+    """One that arrives nowhere is 0 on all ranks, also within a small budget; one that arrives on a rank has the scale
+    of what did."""
+    w = torch.full((4, 6), 3.0).bfloat16()
+    for arrives, scale in (((), 2**-126), ((0,), torch.tensor(3.0) / 448)):
+        model = Model(a=(4, 6), b=(4, 6), c=(4, 6))
+        options = {"optional": ["a"], "scale_group": dist.group.WORLD, "staging_budget": w.nbytes}
+        with LayerwiseLoader(model, "per_tensor", device=shard.device, **options) as loader:
+            if shard.rank in arrives:
+                model.a.weight.data.copy_(w)
+            model.b.weight.data.copy_(w)
+            model.c.weight.data.copy_(w)
+        assert loader.report.defaulted == ([] if shard.rank in arrives else ["a.weight"])
+        assert model.a.weight_scale == scale and model.b.weight_scale == torch.tensor(3.0) / 448
+        assert (model.a.weight.float() == (448 if shard.rank in arrives else 0)).all()
+        assert (model.c.weight.float() == 448).all()
+
+
+CHECKS = (unsharded_scales, local_scales, one_rank_fails, different_units, optional_weights)
 
 
 def run_rank(rank, folder, backend):

@@ -5,7 +5,10 @@ import torch
 
 from fp8_kernels import PerBlock, PerChannel, PerTensor
 from fp8_kernels.errors import UnmatchedPatternError
+from fp8_kernels.loading import LayerwiseLoader
 from fp8_kernels.loading.rules import Rules, matches
+
+from .helpers import Model
 
 QUANTIZED = {
     "model.layers.0.self_attn.q_proj.weight": (576, 576),
@@ -116,3 +119,25 @@ def test_a_bare_string_is_not_a_list_of_patterns():
     """ignore="lm_head" would otherwise be seven patterns of one letter."""
     with pytest.raises(TypeError, match="`ignore` must be a list"):
         Rules(ignore="lm_head")
+
+
+LISTS = ("ignore", "include", "optional", "offload", "scope")
+
+
+@pytest.mark.parametrize("argument", LISTS)
+@pytest.mark.parametrize("given", ["lm_head", 3, [3]])
+def test_every_list_of_patterns_is_one(argument, given):
+    """Told by the name of the argument, wherever the list is used first."""
+    reload = {"reload": "streaming"} if argument == "scope" else {}
+    with pytest.raises(TypeError, match=rf"`{argument}` must be a list of patterns, .*(lm_head|3)"):
+        LayerwiseLoader(Model(fc=(8, 16)), device="cpu", **{argument: given}, **reload)
+
+
+@pytest.mark.parametrize("argument", [*LISTS, "schemes", "stream"])
+def test_a_bad_regular_expression_is_named(argument):
+    """Of all patterns, the one that is wrong."""
+    bad = "re:q_proj("
+    given = {"schemes": {bad: "per_tensor"}, "stream": {bad: False}}.get(argument, ["fc", bad])
+    reload = {"reload": "streaming"} if argument == "scope" else {}
+    with pytest.raises(ValueError, match=r"'re:q_proj\('"):
+        LayerwiseLoader(Model(fc=(8, 16)), device="cpu", **{argument: given}, **reload)
