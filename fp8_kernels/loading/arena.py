@@ -55,6 +55,7 @@ class Staging:
         self._host = Arena(torch.device("cpu"), first=HOST_SLAB, pin=device.type == "cuda")
         self._is_cuda = device.type == "cuda"
         self._open: dict[Unit, None] = {}  # those with a buffer, oldest first
+        self._moved: set[Unit] = set()  # out of another's way, once
         self._stream = None
 
     @property
@@ -87,19 +88,22 @@ class Staging:
         return self._arena.take(shape, dtype, may_grow=False)
 
     def _move_away(self, shape, dtype):
-        """Empty a slab for such a buffer, where the units that wait there take less than it: with a unit whose file
-        ended in the middle, all that is larger would else need another slab as large."""
+        """Empty a slab for such a buffer, where what was written of the units that wait there takes less than it.
+
+        With a unit whose file ended in the middle, all that does not fit beside it would else need another slab as
+        large. What moved cannot wait on the host any more, so that less than half of the budget may go that way; and
+        units that take turns are not moved to and fro.
+        """
+        wanted = _aligned(math.prod(shape) * dtype.itemsize)
         for slab, bytes_out in self._arena.large_enough(shape, dtype):
-            units = [u for u in self._open if u not in self.in_use and slab.holds(u.buffer)]
-            waiting = sum(_aligned(unit.buffer.nbytes) for unit in units)
-            if waiting == bytes_out < _aligned(math.prod(shape) * dtype.itemsize):
+            units = [u for u in self._open if u not in self.in_use and u not in self._moved and slab.holds(u.buffer)]
+            if bytes_out in (0, wanted) or bytes_out != sum(_aligned(unit.buffer.nbytes) for unit in units):
+                continue
+            written = sum(_aligned(unit.bytes_of(box)) for unit in units for box in unit.staged())
+            if written < wanted and self._arena.reserved + written < self.budget // 2:
                 for unit in units:
-                    buffer = self._arena.take(unit.buffer.shape, unit.buffer.dtype, without=slab)
-                    if buffer is None:
-                        return
-                    buffer.copy_(unit.buffer)
-                    self.release(unit.buffer)
-                    unit.buffer = buffer
+                    unit.spill(self._arena, without=slab)
+                self._moved.update(units)
                 return
 
     def has_room(self, shape, dtype: torch.dtype) -> bool:
@@ -119,10 +123,10 @@ class Staging:
         self._open.pop(unit, None)
 
     def restore(self, unit: Unit, buffer: torch.Tensor):
-        """Bring back what of the unit waits on the host."""
+        """Bring back what of the unit waits on the host, or in a slab of less than all of it."""
         for (row0, row1, col0, col1), waiting in unit.spilled:
             buffer[row0:row1, col0:col1].copy_(waiting, non_blocking=True)
-            self._host.give(waiting)
+            (self._arena if self._arena.owns(waiting) else self._host).give(waiting)
         unit.spilled = None
 
     def close(self):
@@ -130,6 +134,7 @@ class Staging:
         self.sources.close()
         self._arena = self._host = None
         self._open.clear()
+        self._moved.clear()
 
     def follow(self):
         """Let the current stream come after the one that used the buffers before, if that was another."""
@@ -243,6 +248,10 @@ class Arena:
                 if end - start >= size:
                     return True
         return False
+
+    def owns(self, buffer: torch.Tensor) -> bool:
+        """Is it a buffer of this arena's?"""
+        return buffer.data_ptr() in self._out
 
     def give(self, buffer: torch.Tensor):
         """Take a buffer back; what is enqueued on it comes before whatever uses its memory next."""
