@@ -2,7 +2,7 @@
 // fp8_kernels/loading/prefetch.py calls this through ctypes.
 //
 // Threads read what was asked for, and beyond it as long as the asking goes on in the file's order, into a ring of
-// page-locked slots; the caller enqueues the copies out of them on its own stream. A guess that was wrong is forgotten:
+// page-locked slots; the caller enqueues the copies out of them on its own stream, of neighbouring slots as one. A guess that was wrong is forgotten:
 // bytes are used only where the position that was asked for is the one that was read.
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -65,7 +65,7 @@ class InContext {
 class Ahead {
  public:
   Ahead(int64_t slot_bytes, int64_t num_slots, int64_t num_threads, bool on_device)
-      : ring_(slot_bytes, num_slots, true), slots_(num_slots), slot_bytes_(slot_bytes) {
+      : ring_(slot_bytes, num_slots, 0, true), slots_(num_slots), slot_bytes_(slot_bytes) {
     if (on_device) {
       driver_ = Driver::get();
       if (driver_ == nullptr || driver_->context_get(&context_) != 0 || context_ == nullptr) {
@@ -73,8 +73,9 @@ class Ahead {
         stopped_ = true;
         return;
       }
-      for (Slot& slot : slots_) {
-        if (driver_->event_create(&slot.event, Driver::kNoTiming) != 0) stopped_ = true;
+      events_.resize(num_slots);
+      for (void*& event : events_) {
+        if (driver_->event_create(&event, Driver::kNoTiming) != 0) stopped_ = true;
       }
     }
     start_threads(threads_, num_threads, [this] { read_pieces(); });
@@ -89,10 +90,10 @@ class Ahead {
     wanted_.notify_all();
     for (std::thread& thread : threads_) thread.join();
     const InContext in_context(driver_, context_);
-    for (Slot& slot : slots_) {
-      if (slot.event == nullptr) continue;
-      while (slot.used && driver_->event_query(slot.event) == Driver::kNotReady) std::this_thread::yield();
-      driver_->event_destroy(slot.event);
+    for (void* event : events_) {  // one that was never recorded counts as done
+      if (event == nullptr) continue;
+      while (driver_->event_query(event) == Driver::kNotReady) std::this_thread::yield();
+      driver_->event_destroy(event);
     }
   }
 
@@ -114,7 +115,6 @@ class Ahead {
     asked_bytes_ += bytes;
     while (bytes > 0) {
       Piece& piece = pieces_.front();
-      Slot& slot = slots_[first_ % num_slots()];
       if (piece.state < kRead) {
         const auto start = Clock::now();
         read_.wait(lock, [&] { return stopped_ || piece.state >= kRead; });
@@ -122,22 +122,32 @@ class Ahead {
       }
       if (stopped_ || piece.state == kFailed) {
         const int64_t error = stopped_ ? kDeclined : piece.error;
-        forget();
+        forget_and_wait(lock);
         return error;
       }
-      const int64_t skipped = offset - piece.offset, count = std::min(bytes, piece.bytes - skipped);
+      const int64_t skipped = offset - piece.offset;
+      int64_t count = piece.bytes - skipped;
+      size_t joined = 1;  // pieces that one copy takes
+      while (count < bytes && joined < pieces_.size() && pieces_[joined].state == kRead &&
+             ring_.adjoins_next((first_ + joined - 1) % num_slots(), pieces_[joined - 1].bytes)) {
+        count += pieces_[joined++].bytes;
+      }
+      const int64_t whole = count <= bytes ? joined : joined - 1;  // those that nothing more is taken of
+      count = std::min(count, bytes);
       const char* from = ring_.slot(first_ % num_slots()) + skipped;
-      const bool last = count == bytes, whole = skipped + count == piece.bytes;
-      // A front piece and its slot are the caller's until it is dropped.
+      // The front pieces and their slots are the caller's until they are dropped.
       lock.unlock();
-      const int64_t error = enqueue(slot, from, count, to, stream, last || whole);
+      const int64_t error = enqueue(from, count, to, stream);
       lock.lock();
+      for (size_t i = 0; i < joined; ++i) slots_[(first_ + i) % num_slots()].batch = batches_closed_;
+      batch_is_open_ = true;
       if (error != 0) {
-        forget();
+        forget_and_wait(lock);
         return -1000 - error;
       }
       offset += count, to += count, bytes -= count;
-      if (whole) drop_front();
+      if (whole > 0) close_batch();
+      for (int64_t i = 0; i < whole; ++i) drop_front();
       extend();
     }
     reached_ = offset;
@@ -148,13 +158,12 @@ class Ahead {
   void forget_all() {
     std::lock_guard calling(calling_);
     std::unique_lock lock(mutex_);
-    forget();
-    read_.wait(lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.reading; }); });
+    forget_and_wait(lock);
   }
 
   Counters counters() {
     std::lock_guard lock(mutex_);
-    return {asked_bytes_, read_bytes_, read_ns_, wait_ns_, declined_, restarts_, ring_.count(Ring::kPinned) * ring_.slot_bytes()};
+    return {asked_bytes_, read_bytes_, read_ns_, wait_ns_, declined_, restarts_, ring_.pinned_bytes()};
   }
 
  private:
@@ -167,9 +176,7 @@ class Ahead {
   };
 
   struct Slot {
-    void* event = nullptr;   // after the last copy out of it
-    void* stream = nullptr;  // that this copy is on
-    bool used = false;       // has there been one?
+    int64_t batch = -1;  // that the last copy out of it is of
     bool reading = false;
   };
 
@@ -219,8 +226,22 @@ class Ahead {
   }
 
   void forget() {
+    close_batch();
     while (!pieces_.empty()) drop_front();
     fd_ = kMemory, ahead_ = 0;
+  }
+
+  // Nothing of what was asked for is read when this returns.
+  void forget_and_wait(std::unique_lock<std::mutex>& lock) {
+    forget();
+    read_.wait(lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.reading; }); });
+  }
+
+  // A batch is copies up to one that uses a piece up, and the event after the last of them. Only then may its slots be
+  // read into again, once the event has come; a later copy out of them is of a later batch.
+  void close_batch() {
+    if (batch_is_open_) ++batches_closed_;
+    batch_is_open_ = false;
   }
 
   void read_pieces() {
@@ -237,15 +258,16 @@ class Ahead {
       pieces_[i - first_].state = kReading;
       Slot& slot = slots_[number];
       slot.reading = true;
-      const bool wait = slot.used;
+      const int64_t batch = slot.batch;
       lock.unlock();
-      int64_t error = prepare(number, wait);
+      int64_t error = wait_for_copies(batch);
       const auto start = Clock::now();
       if (error == 0 && piece.fd == kMemory) {
         rows.read(piece.offset, piece.bytes, ring_.slot(number));
       } else if (error == 0) {
         error = read_run(piece.fd, piece.offset, piece.bytes, ring_.slot(number), false);
       }
+      if (error == 0 && driver_ != nullptr) ring_.lock(number);
       const int64_t spent = nanoseconds_since(start);
       lock.lock();
       slot.reading = false;
@@ -261,28 +283,33 @@ class Ahead {
     }
   }
 
-  // Waits for the last copy out of a slot.
-  int64_t prepare(int64_t number, bool wait) {
-    if (driver_ == nullptr) return 0;
-    ring_.prepare(number);
-    int error = 0;
-    while (wait && (error = driver_->event_query(slots_[number].event)) == Driver::kNotReady) {
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
+  // Waits until a batch is done. One thread at a time asks the driver, whose lock the caller needs too.
+  int64_t wait_for_copies(int64_t batch) {
+    while (driver_ != nullptr && batches_done_ <= batch) {
+      {
+        const std::unique_lock asking(asking_, std::try_to_lock);
+        for (; asking && batches_done_ < batches_closed_; ++batches_done_) {
+          const int error = driver_->event_query(events_[batches_done_ % num_slots()]);
+          if (error == Driver::kNotReady) break;
+          if (error != 0) return -1000 - error;
+        }
+      }
+      if (batches_done_ <= batch) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
-    return error == 0 ? 0 : -1000 - error;
+    return 0;
   }
 
-  int64_t enqueue(Slot& slot, const char* from, int64_t bytes, uint64_t to, void* stream, bool last) {
+  int64_t enqueue(const char* from, int64_t bytes, uint64_t to, void* stream) {
     if (driver_ == nullptr) {
       memcpy(reinterpret_cast<void*>(to), from, bytes);
       return 0;
     }
-    int error = 0;
-    // Its event has to stand for copies on other streams too.
-    if (slot.used && slot.stream != stream) error = driver_->stream_wait(stream, slot.event, 0);
+    // Batches are done in their order, so a copy comes after those of other streams. An event that stands for an earlier
+    // batch still then stands for this one too, and is only later.
+    int error = last_event_ != nullptr && last_stream_ != stream ? driver_->stream_wait(stream, last_event_, 0) : 0;
     if (error == 0) error = driver_->copy_to_device(to, from, bytes, stream);
-    if (error == 0 && last) error = driver_->event_record(slot.event, stream);
-    slot.used = true, slot.stream = stream;
+    if (error == 0) error = driver_->event_record(events_[batches_closed_ % num_slots()], stream);
+    last_event_ = events_[batches_closed_ % num_slots()], last_stream_ = stream;
     return error;
   }
 
@@ -293,7 +320,14 @@ class Ahead {
   void* context_ = nullptr;
   std::vector<std::thread> threads_;
 
+  std::vector<void*> events_;  // of batches
+  std::atomic<int64_t> batches_closed_{0}, batches_done_{0};
+  std::mutex asking_;  // what is done
+
   std::mutex calling_;  // callers come one at a time
+  void *last_event_ = nullptr, *last_stream_ = nullptr;
+  bool batch_is_open_ = false;
+
   std::mutex mutex_;    // of all that follows, and of the slots
   std::condition_variable wanted_, read_;
   Rows rows_;                 // of memory that is copied

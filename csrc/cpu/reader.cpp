@@ -2,8 +2,9 @@
 // this through ctypes.
 //
 // A transfer takes runs of bytes in the order in which they are needed, and cuts them into chunks, which threads read
-// into a ring of page-locked slots; one more thread enqueues the copy of each to the device as soon as it is read. None
-// of them touches Python, so neither reading nor copying waits for the interpreter.
+// into a ring of page-locked slots; one more thread enqueues the copies to the device as soon as they are read, what lies
+// in neighbouring slots and goes to neighbouring addresses as one. None of them touches Python, so neither reading nor
+// copying waits for the interpreter.
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -50,7 +51,8 @@ struct Counters {
 
 class Transfer {
  public:
-  Transfer(Ring& ring, const Options& options) : ring_(ring), options_(options), num_slots_(ring.num_slots()) {
+  Transfer(Ring& ring, int64_t num_slots, const Options& options)
+      : ring_(ring), options_(options), num_slots_(num_slots), batch_ends_(num_slots) {
     if (options_.on_device) {
       driver_ = Driver::get();
       if (driver_ == nullptr || driver_->context_get(&context_) != 0 || context_ == nullptr) {
@@ -58,9 +60,9 @@ class Transfer {
         fail("no CUDA context is current");
         return;
       }
-      slot_events_.resize(num_slots_);
+      batch_events_.resize(num_slots_);
       group_events_.resize(options_.max_groups), release_events_.resize(options_.max_groups);
-      for (auto* events : {&slot_events_, &group_events_, &release_events_}) {
+      for (auto* events : {&batch_events_, &group_events_, &release_events_}) {
         for (void*& event : *events) check(driver_->event_create(&event, Driver::kNoTiming), "cuEventCreate");
       }
     }
@@ -74,10 +76,10 @@ class Transfer {
     for (std::thread& thread : threads_) thread.join();
     const ContextGuard guard(context_);
     // What was enqueued reads the slots until it is done.
-    for (int64_t i = std::max<int64_t>(0, issued_ - num_slots_); driver_ != nullptr && i < issued_; ++i) {
-      while (driver_->event_query(slot_events_[i % num_slots_]) == Driver::kNotReady) std::this_thread::yield();
+    for (int64_t i = batches_done_; driver_ != nullptr && i < batches_issued_; ++i) {
+      while (driver_->event_query(batch_events_[i % num_slots_]) == Driver::kNotReady) std::this_thread::yield();
     }
-    for (auto* events : {&slot_events_, &group_events_, &release_events_}) {
+    for (auto* events : {&batch_events_, &group_events_, &release_events_}) {
       for (void* event : *events) {
         if (event != nullptr) driver_->event_destroy(event);
       }
@@ -141,8 +143,7 @@ class Transfer {
   }
 
   Counters counters() const {
-    return {bytes_, read_ns_, slot_wait_ns_, pin_ns_, release_wait_ns_, ring_.count(Ring::kPinned) * ring_.slot_bytes(),
-            ring_.count(Ring::kRefused)};
+    return {bytes_, read_ns_, slot_wait_ns_, pin_ns_, release_wait_ns_, ring_.pinned_bytes(), ring_.unpinned_slots()};
   }
 
  private:
@@ -176,8 +177,8 @@ class Transfer {
         slot_wait_ns_ += nanoseconds_since(start);
         chunk = chunks_[i].chunk;
       }
-      if (driver_ != nullptr && !free_slot(i, slot)) return;
-      const auto start = Clock::now();
+      if (driver_ != nullptr && i >= num_slots_ && !wait_for_copy(i - num_slots_)) return;
+      auto start = Clock::now();
       int64_t lead = 0;
       if (chunk.fd < 0) {
         memcpy(ring_.slot(slot), reinterpret_cast<const void*>(chunk.offset), chunk.bytes);
@@ -190,6 +191,11 @@ class Transfer {
         return;
       }
       bytes_ += chunk.bytes;
+      if (driver_ != nullptr) {
+        start = Clock::now();
+        ring_.lock(slot);
+        pin_ns_ += nanoseconds_since(start);
+      }
       bool is_next;
       {
         std::lock_guard lock(mutex_);
@@ -200,51 +206,61 @@ class Transfer {
     }
   }
 
-  // Waits for the copy that was enqueued last out of a slot.
-  bool free_slot(int64_t i, int64_t slot) {
+  // Waits until the copy of a chunk, which is enqueued, is done. One thread at a time asks the driver, whose lock the
+  // thread that enqueues needs too.
+  bool wait_for_copy(int64_t i) {
     const auto start = Clock::now();
-    if (i < num_slots_) {
-      ring_.prepare(slot);
-      pin_ns_ += nanoseconds_since(start);
-      return true;
-    }
-    int error;
-    while ((error = driver_->event_query(slot_events_[slot])) == Driver::kNotReady) {
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    while (copied_ <= i) {
+      {
+        const std::unique_lock asking(asking_, std::try_to_lock);
+        if (asking && !ask_what_is_copied()) return false;
+      }
+      if (copied_ <= i) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
     slot_wait_ns_ += nanoseconds_since(start);
-    return check(error, "cuEventQuery");
+    return true;
+  }
+
+  bool ask_what_is_copied() {
+    for (; batches_done_ < batches_issued_; ++batches_done_) {
+      const int64_t batch = batches_done_ % num_slots_;
+      const int error = driver_->event_query(batch_events_[batch]);
+      if (error == Driver::kNotReady) return true;
+      if (!check(error, "cuEventQuery")) return false;
+      copied_ = batch_ends_[batch];
+    }
+    return true;
   }
 
   void copy_chunks() {
     int64_t group = -1;  // that the last chunk was of
-    for (int64_t i = 0;; ++i) {
-      const int64_t slot = i % num_slots_;
-      Run chunk;
+    for (int64_t i = 0, end; ; i = end) {
+      Run run;  // chunks [i, end)
       const char* from;
       bool first, last;
       {
         std::unique_lock lock(mutex_);
-        copier_.wait(lock, [&] { return stopped_ || (i < num_chunks() && chunks_[i].lead != kNotRead); });
+        copier_.wait(lock, [&] { return stopped_ || is_read(i); });
         if (stopped_) return;
-        chunk = chunks_[i].chunk, from = ring_.slot(slot) + chunks_[i].lead;
-        first = chunk.group != group, group = chunk.group;
-        last = i + 1 == num_chunks() || chunks_[i + 1].chunk.group != group;
-        if (first && released_ <= chunk.after) {
+        run = chunks_[i].chunk, from = ring_.slot(i % num_slots_) + chunks_[i].lead;
+        first = run.group != group, group = run.group;
+        if (first && released_ <= run.after) {
           const auto start = Clock::now();
-          copier_.wait(lock, [&] { return stopped_ || released_ > chunk.after; });
+          copier_.wait(lock, [&] { return stopped_ || released_ > run.after; });
           release_wait_ns_ += nanoseconds_since(start);
           if (stopped_) return;
         }
+        for (end = i + 1; is_read(end) && continues(end); ++end) run.bytes += chunks_[end].chunk.bytes;
+        last = end == num_chunks() || chunks_[end].chunk.group != group;
       }
       if (driver_ == nullptr) {
-        memcpy(reinterpret_cast<void*>(chunk.to), from, chunk.bytes);
-      } else if (!enqueue(chunk, from, slot, first, last)) {
+        memcpy(reinterpret_cast<void*>(run.to), from, run.bytes);
+      } else if (!enqueue(run, from, end, first, last)) {
         return;
       }
       {
         std::lock_guard lock(mutex_);
-        ++issued_;
+        issued_ = end;
         if (last) groups_issued_ = group + 1;
       }
       chunk_issued_.notify_all();
@@ -253,17 +269,32 @@ class Transfer {
   }
 
   int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
+  bool is_read(int64_t i) const { return i < num_chunks() && chunks_[i].lead != kNotRead; }
 
-  bool enqueue(const Run& chunk, const char* from, int64_t slot, bool first, bool last) {
+  // Does a chunk go on where the one before it ends, in the ring, on the device and in its group?
+  bool continues(int64_t i) const {
+    const State &before = chunks_[i - 1], &state = chunks_[i];
+    return before.chunk.group == state.chunk.group && before.chunk.to + before.chunk.bytes == state.chunk.to &&
+           before.lead == 0 && state.lead == 0 && ring_.adjoins_next((i - 1) % num_slots_, before.chunk.bytes);
+  }
+
+  // A batch: the copy of chunks up to `end`, and the event after it. As each holds a slot at least, and a slot is used
+  // again only when its batch is known to be done, so is a batch's event.
+  bool enqueue(const Run& run, const char* from, int64_t end, bool first, bool last) {
     void* stream = reinterpret_cast<void*>(options_.stream);
-    if (first && chunk.after >= 0) {
-      void* released = release_events_[chunk.after % options_.max_groups];
+    if (first && run.after >= 0) {
+      void* released = release_events_[run.after % options_.max_groups];
       if (!check(driver_->stream_wait(stream, released, 0), "cuStreamWaitEvent")) return false;
     }
-    void* copied = group_events_[chunk.group % options_.max_groups];
-    return check(driver_->copy_to_device(chunk.to, from, chunk.bytes, stream), "cuMemcpyHtoDAsync") &&
-           check(driver_->event_record(slot_events_[slot], stream), "cuEventRecord") &&
-           (!last || check(driver_->event_record(copied, stream), "cuEventRecord"));
+    const int64_t batch = batches_issued_ % num_slots_;
+    void* copied = group_events_[run.group % options_.max_groups];
+    if (!check(driver_->copy_to_device(run.to, from, run.bytes, stream), "cuMemcpyHtoDAsync") ||
+        !check(driver_->event_record(batch_events_[batch], stream), "cuEventRecord")) {
+      return false;
+    }
+    batch_ends_[batch] = end;
+    ++batches_issued_;
+    return !last || check(driver_->event_record(copied, stream), "cuEventRecord");
   }
 
   bool check(int error, const char* call) {
@@ -292,8 +323,12 @@ class Transfer {
   const int64_t num_slots_;
   const Driver* driver_ = nullptr;
   void* context_ = nullptr;
-  std::vector<void*> slot_events_, group_events_, release_events_;
+  std::vector<void*> batch_events_, group_events_, release_events_;
   std::vector<std::thread> threads_;
+  std::atomic<int64_t> batches_issued_{0}, copied_{0};  // chunks before this one are copied
+  std::vector<int64_t> batch_ends_;                     // behind the last chunk of each
+  std::mutex asking_;                                   // of the next
+  int64_t batches_done_ = 0;
   std::atomic<int64_t> bytes_{0}, read_ns_{0}, slot_wait_ns_{0}, pin_ns_{0}, release_wait_ns_{0};
 
   std::mutex mutex_;  // of all that follows
@@ -315,13 +350,16 @@ auto guarded(const Function& f, decltype(f()) otherwise) {
   }
 }
 
-EXPORT void* fp8_ring_create(int64_t slot_bytes, int64_t num_slots, int lock) {
-  return guarded([&] { return static_cast<void*>(new Ring(slot_bytes, num_slots, lock)); }, nullptr);
+// Of an engine's slots; with `direct` they have room for the pages around a chunk.
+EXPORT void* fp8_ring_create(int64_t slot_bytes, int64_t num_slots, int direct, int lock) {
+  return guarded([&] { return static_cast<void*>(new Ring(slot_bytes, num_slots, direct ? 2 * kPage : 0, lock)); },
+                 nullptr);
 }
 EXPORT void fp8_ring_destroy(void* ring) { delete static_cast<Ring*>(ring); }
 
-EXPORT void* fp8_transfer_create(void* ring, const Options* options) {
-  return guarded([&] { return static_cast<void*>(new Transfer(*static_cast<Ring*>(ring), *options)); }, nullptr);
+EXPORT void* fp8_transfer_create(void* ring, int64_t num_slots, const Options* options) {
+  return guarded([&] { return static_cast<void*>(new Transfer(*static_cast<Ring*>(ring), num_slots, *options)); },
+                 nullptr);
 }
 EXPORT int fp8_transfer_add(void* transfer, const Run* runs, int64_t count) {
   return guarded([&] { return static_cast<Transfer*>(transfer)->add(runs, count), 1; }, 0);

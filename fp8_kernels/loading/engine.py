@@ -82,9 +82,9 @@ def native() -> ctypes.CDLL | None:
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, *arguments in (
-        ("fp8_ring_create", pointer, number, number, ctypes.c_int),
+        ("fp8_ring_create", pointer, number, number, ctypes.c_int, ctypes.c_int),
         ("fp8_ring_destroy", None, pointer),
-        ("fp8_transfer_create", pointer, pointer, ctypes.POINTER(_Options)),
+        ("fp8_transfer_create", pointer, pointer, number, ctypes.POINTER(_Options)),
         ("fp8_transfer_add", ctypes.c_int, pointer, pointer, number),
         ("fp8_transfer_wait", ctypes.c_int, pointer, number, ctypes.c_int, pointer),
         ("fp8_transfer_release", ctypes.c_int, pointer, number, pointer),
@@ -112,12 +112,12 @@ class NativeEngine:
     def __init__(self, num_threads: int, chunk_bytes: int, num_slots: int, direct: bool, lock: bool, stream):
         self._library = native()
         self._transfer = None
-        self._ring = self._library.fp8_ring_create(chunk_bytes, num_slots, lock)
+        self._ring = self._library.fp8_ring_create(chunk_bytes, num_slots, direct, lock)
         if not self._ring:
             raise EngineError(f"{chunk_bytes * num_slots} bytes of host memory cannot be had")
         handle = 0 if stream is None else stream.cuda_stream
         options = _Options(num_threads, chunk_bytes, MAX_GROUPS, direct, stream is not None, handle)
-        self._transfer = self._library.fp8_transfer_create(self._ring, ctypes.byref(options))
+        self._transfer = self._library.fp8_transfer_create(self._ring, num_slots, ctypes.byref(options))
         if not self._transfer:
             self.close()
             raise EngineError("no memory or no threads")

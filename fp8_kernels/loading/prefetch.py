@@ -27,7 +27,8 @@ from ..errors import LoadError
 from .engine import native
 from .sources import Sources
 
-SLOT_BYTES, NUM_SLOTS = 2 << 20, 64  # of page-locked memory, used as it is needed
+SLOT_BYTES, NUM_SLOTS = 4 << 20, 32  # of page-locked memory, used as it is needed
+MAX_THREADS = 10  # more read no faster
 SMALLEST_BYTES = 1 << 20  # of a tensor in other memory, to be copied by several threads
 MAX_MAPPINGS = 4  # files that are known at a time
 LOOKED_UP = 0.02  # part of the time that may go into looking up again what is mapped at addresses known to be no file's
@@ -93,12 +94,12 @@ class Prefetch(Sources):
 
     Args:
         device: of what it is moved to; the CPU for tests.
-        num_threads: that read; by default as many as there are cores to spare, 14 at most.
+        num_threads: that read; by default as many as there are cores to spare, `MAX_THREADS` at most.
     """
 
     def __init__(self, device: torch.device, num_threads: int | None = None):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._device, self._num_threads = device, num_threads or max(min(cores - 2, 14), 1)
+        self._device, self._num_threads = device, num_threads or max(min(cores - 2, MAX_THREADS), 1)
         self._library = library()
         self._readers: dict[str, int | None] = {}  # "file", "memory" -> the C++ object, once it is needed
         self._mappings: list[Mapping] = []  # the latest last
