@@ -327,11 +327,18 @@ class Session:
 
     def _follow_replaced(self):
         """Find by identity what no op tells of: tensors that were tied, replaced or exchanged meanwhile."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for tracked in self.tracked:
             for place in list(tracked.places):
                 current = place.registry.get(place.leaf)
                 if tracked.installed:
                     continue
+                owner = modules.get(place.name.rpartition(".")[0])
+                if owner not in (None, place.module) and hasattr(owner, place.leaf):
+                    raise LoadError(
+                        f"`{place.name}` is that of another module now, which nothing was loaded into: replace modules "
+                        "before the context, in `on_module` or in `on_finish`"
+                    )
                 if current is None:
                     raise LoadError(f"`{place.name}` was removed from its module while it was loaded")
                 owner = self.writes.owner(current)
