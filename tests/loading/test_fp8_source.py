@@ -214,3 +214,23 @@ def test_load_checkpoint_copies_what_waits_for_its_partner(scale_first):
 
     fk.load_checkpoint(model, tensors(), device="cpu")
     _assert_codes(model[0], q, scale)
+
+
+@pytest.mark.parametrize("again", ["0.weight", "0.weight_scale"])
+def test_load_checkpoint_compares_what_arrives_twice_before_its_partner(again):
+    """The same once more is dropped; another value is refused, where the last one silently won."""
+    q, scale = fk.quantize(values(384, 256))
+    pair = {"0.weight": q, "0.weight_scale": scale}
+    other = {"0.weight": (-q.float()).to(q.dtype), "0.weight_scale": scale * 2}
+    partner = next(name for name in pair if name != again)
+    for second, error in ((pair[again].clone(), None), (other[again], ConflictingShardError)):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(256, 384, bias=False, dtype=torch.bfloat16))
+        tensors = [(again, pair[again]), (again, second), (partner, pair[partner])]
+        if error is None:
+            fk.load_checkpoint(model, tensors, device="cpu")
+            _assert_codes(model[0], q, scale)
+        else:
+            with pytest.raises(error, match=f"`{again}` arrived twice"):
+                fk.load_checkpoint(model, tensors, device="cpu")
+            assert model[0].weight.is_meta
