@@ -30,7 +30,7 @@ from .modules import can_run, make_runnable
 from .names import Names, turned_experts
 from .ops import FP8_DTYPES
 from .schemes import PerTensor, Scheme, as_scheme
-from .stored import SCALE_SUFFIXES, expect_fp8, stored_schemes
+from .stored import SCALE_SUFFIXES, check_dtype, expect_fp8, stored_schemes
 from .wire import SpanLoad, suits
 
 
@@ -209,6 +209,8 @@ def copy_all(loader, tensors, names, stored=None, total=0, progress=None, reuses
         else:
             with torch.no_grad():
                 target = destination.of(targets[destination.name])
+                if scale is None:
+                    check_dtype(name, tensor.dtype, target.dtype)
                 if scale is not None:
                     # There dequantizing, where it has to be, is fast, and the way there is a byte an element.
                     tensor, scale = tensor.to(loader.device), scale.to(loader.device)
