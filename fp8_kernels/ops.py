@@ -20,6 +20,7 @@ VLLM_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 # the one included that must replace a mutating op.
 _BYTES = {torch.float8_e8m0fnu: torch.uint8}
 _quantize_out = backends.OPS["quantize_out"]
+_quantize_many_out = backends.OPS["quantize_many_out"]
 
 
 def quantize(
@@ -97,6 +98,11 @@ def quantize_into(w: torch.Tensor, scheme: Scheme, q: torch.Tensor, scale: torch
         _quantize_segments(w, scheme, q.dtype, (q, scale), amax, None)
         return
     _quantize_out(w, amax, q, as_bytes(scale), *scheme.quantize_args)
+
+
+def quantize_many_into(weights: list, scheme: Scheme, q: list, scale: list):
+    """`quantize_many` with outputs that are known to fit, as for `quantize_into`; of no segments."""
+    _quantize_many_out(weights, q, list(map(as_bytes, scale)), *scheme.quantize_args)
 
 
 def amax(

@@ -15,7 +15,7 @@ from .loading import LayerwiseLoader
 from .loading.copy_counter import BelowModes
 from .loading.feed import Feed, Plain, Rows
 from .loading.plan import listed
-from .loading.reserve import reserve
+from .loading.reserve import SMALL_BYTES, reserve
 from .loading.rules import Rules
 from .loading.staging import Tracked
 from .loading.transfer import RING_BYTES, Memory, Options, Span, Transfer
@@ -26,7 +26,6 @@ WAYS = ("auto", "spans", "mapped")
 _EARLY_BYTES = 16 << 20
 # What arrives before the load is planned lies where the model's later weights will, if there are enough of them.
 _AHEAD_BYTES = 2 << 30
-_SMALL_BYTES = 1 << 20  # tensors up to this, torch's allocator takes from elsewhere
 _SPANS, _SMALLEST_SPAN_BYTES = 8, 1 << 20  # at least so many; but none smaller than that
 _SLACK_BYTES = 64 << 20  # for the ring, and for weights that files cut apart
 
@@ -72,7 +71,7 @@ class SpanLoad:
             size = info.num_bytes
             if size >= _EARLY_BYTES and rules.decide(name, info.shape, info.dtype)[0] is None:
                 self._early[name] = None
-            elif size > _SMALL_BYTES:
+            elif size > SMALL_BYTES:
                 self._made_bytes += size // info.dtype.itemsize
         early = {self._infos[name].shape for name in self._early}
         self._largest = max((p.numel() for p in model.parameters() if tuple(p.shape) not in early), default=0)

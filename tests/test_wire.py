@@ -40,7 +40,7 @@ def test_equal_to_the_load_of_mapped_tensors(folders, family, scheme, span, earl
     """Fused experts whose halves lie apart, tied embeddings, weights cut in the middle of a block."""
     monkeypatch.setattr(wire, "_EARLY_BYTES", early)
     monkeypatch.setattr(wire, "_AHEAD_BYTES", ahead)
-    monkeypatch.setattr(wire, "_SMALL_BYTES", 1000)
+    monkeypatch.setattr(wire, "SMALL_BYTES", 1000)
     make = wire.make_spans
     monkeypatch.setattr(wire, "make_spans", lambda checkpoint, _, **options: make(checkpoint, span, **options))
     loaded = [load_model(folders(family), scheme, device="cpu", transfer=way) for way in ("mapped", "spans")]

@@ -134,6 +134,11 @@ class Staging:
 _NOTHING = contextlib.nullcontext()
 
 
+def outliving() -> contextlib.AbstractContextManager:
+    """Tensors made inside outlive the engine's context, whose inference mode may be on."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+
+
 class Arena:
     """Buffers out of slabs that are allocated when they are first needed and kept until the arena goes.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from .launches import Launches
 from .report import Report
 from .target import Target
 from .unit import Shard, Unit
@@ -53,12 +54,20 @@ class Hands:
         on_unit: called with (unit, q, scale) after each unit.
         on_final: called with each `Tracked` when its last unit is final.
         progress: called with (unit) after each unit, or None.
+        launches: where small units wait that count as final; None where hooks look at their results.
     """
 
-    def __init__(self, report: Report, on_unit, on_final: Callable, progress: Callable | None):
+    def __init__(
+        self,
+        report: Report,
+        on_unit,
+        on_final: Callable,
+        progress: Callable | None,
+        launches: Launches | None = None,
+    ):
         self._report, self._phases = report, report.seconds_by_phase
         self._phases["quantize"] = 0.0
-        self._on_unit, self._on_final, self._progress = on_unit, on_final, progress
+        self._on_unit, self._on_final, self._progress, self._launches = on_unit, on_final, progress, launches
         self._of_thread: dict[int, Hand] = {}
         self.failure: BaseException | None = None
 
@@ -112,6 +121,7 @@ class Hands:
             held, hand.units = hand.units, []
             for unit in held:
                 self.finish(unit)
+        self.launch()
 
     @_remembered
     def settle(self, targets: Iterable[Target]):
@@ -156,10 +166,23 @@ class Hands:
         unit.shards.clear()
         if unit.buffer is not None:  # it was read, or zeroed, before anything arrived
             unit.close()
-        shard.tracked.quantize_unit(shard.first, shard.buffer)
-        shard.tracked.staging.release(shard.buffer)
+        if not self._may_wait(shard):
+            shard.tracked.quantize_unit(shard.first, shard.buffer)
+            shard.tracked.staging.release(shard.buffer)
         unit.finished()
         self._tell(unit, started)
+
+    def _may_wait(self, shard):
+        tracked, launches = shard.tracked, self._launches
+        if launches is None or tracked.maxima is not None or tracked.edges:
+            return False
+        return launches.add(shard.buffer, tracked.entry.scheme, *tracked.result_of_unit(shard.first))
+
+    @_remembered
+    def launch(self):
+        """Quantize what waits for that."""
+        if self._launches is not None:
+            self._launches.launch()
 
     def _tell(self, unit, started):
         """A unit is quantized."""

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from ..errors import UnmatchedPatternError
 from ..schemes import PerTensor, Scheme, scheme_name
 from .arena import Staging
+from .collector import collector_paused
 from .copy_counter import CopyCounter
 from .fp8_source import copy_codes
 from .install import Snapshot, forget_frames, uninterrupted
@@ -150,46 +151,59 @@ class LayerwiseLoader:
         elif scope is not None:
             raise ValueError("`scope` must come with `reload`; a first load takes `ignore`")
         self.device = _real_device(device)
-        self.plan: Plan = self._first_plan()
+        self._plan: Plan | None = None
         self._given: dict[str, torch.Tensor] | None = None  # of a load that is prepared
         self.report = Report()
         self._hooks = Hooks(on_unit, on_module, on_finish, progress)
+        self._snapshot: Snapshot | None = None
         self._session: Session | None = None
         self._reload: Reload | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What becomes of the model; made when it is first asked for, and anew when the context is entered."""
+        if self._plan is None:
+            self._plan = self._first_plan()
+        return self._plan
 
     def __enter__(self) -> LayerwiseLoader:
         if self._session is not None:
             raise RuntimeError("this loader's context is entered already")
-        self._snapshot = Snapshot(self.model)
         try:
-            if self._given is None:
-                self.plan, self._reload = self._make_plan()
-            schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
-            self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
-            sources = Prefetch(self.device) if self.device.type == "cuda" else None
-            staging = Staging(self.device, self.plan.largest_unit, self._staging_budget, sources)
-            self._session = Session(
-                self.model,
-                self.plan,
-                staging,
-                self.report,
-                self._hooks,
-                self._reload,
-                self._ranks,
-                self._offload,
-                self._amax,
-            )
-            self._session.given = self._given
-            self._session.start()
+            with collector_paused():
+                self._snapshot = Snapshot(self.model)
+                if self._given is None:
+                    self._plan, self._reload = self._make_plan()
+                self._start()
             return self
         except BaseException as failure:
             uninterrupted(self._undo, failure)
             raise
 
+    def _start(self):
+        schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
+        self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
+        sources = Prefetch(self.device) if self.device.type == "cuda" else None
+        staging = Staging(self.device, self.plan.largest_unit, self._staging_budget, sources)
+        self._session = Session(
+            self.model,
+            self.plan,
+            staging,
+            self.report,
+            self._hooks,
+            self._reload,
+            self._ranks,
+            self._offload,
+            self._amax,
+        )
+        self._session.given = self._given
+        self._session.start()
+
     def __exit__(self, kind, error, traceback):
         try:
             self._session.stop()
-            self._session.finish(self._snapshot, error)
+            with collector_paused():
+                self._session.finish(self._snapshot, error)
             if error is not None:
                 uninterrupted(self._undo, error)
         except BaseException as failure:
@@ -262,7 +276,8 @@ class LayerwiseLoader:
         """The plan, and for a reload the state of the model that it is about."""
         if self._reload_options is None:
             check_not_poisoned(self.model)
-            reload, plan = None, make_plan(self.model, **self._rules)
+            with collector_paused():
+                reload, plan = None, make_plan(self.model, **self._rules)
         else:
             reload = Reload(self.model, *self._reload_options)
             plan = reload.present()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+SMALL_BYTES = 1 << 20  # of a tensor that torch makes in other memory than larger ones
 _LEAST_BYTES = 64 << 20  # of which one allocation costs less than many
 # With larger tensors, what lies in the piece for a while may leave no room for one that was counted: it would be held,
 # and that tensor asked for beside it.

@@ -27,7 +27,7 @@ from .plan import Entry, Plan
 from .ranks import Ranks
 from .reload import Reload
 from .report import Report
-from .reserve import reserve
+from .reserve import SMALL_BYTES, reserve
 from .rules import matches
 from .staging import Tracked
 from .unit import Unit
@@ -82,7 +82,8 @@ class Session:
         self._exits, self._mode = contextlib.ExitStack(), None
         self.given: dict[str, torch.Tensor] | None = None  # see `LayerwiseLoader.prepared`
         advance = None if hooks.progress is None else self._advance
-        self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, advance)
+        may_wait = hooks.on_unit is None and hooks.on_module is None
+        self.writes = Writes(staging, report, self._hooks.on_unit, self._tensor_is_final, advance, may_wait)
         self.tracked: list[Tracked] = []
         self._at: dict[tuple[int, str], Tracked] = {}  # (module, leaf) -> what is registered there
         self._named: dict[str, Tracked] = {}
@@ -91,7 +92,7 @@ class Session:
     def start(self):
         """From now on, what this thread writes to the plan's tensors is seen."""
         if self._reload is None and self.given is None:
-            sizes = list(map(self._bytes_to_make, self.plan.entries))
+            sizes = [size for size in map(self._bytes_to_make, self.plan.entries) if size > SMALL_BYTES]
             reserve(self._device, sum(sizes), max(sizes, default=0), _SLACK_BYTES)
         if self._device.type == "cuda":
             torch.cuda.init()  # a load may be the first that the process does on a GPU

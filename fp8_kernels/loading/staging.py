@@ -9,7 +9,7 @@ import torch
 from ..errors import LoadError
 from ..ops import WEIGHT_DTYPES, quantize, quantize_into
 from ..schemes import WHOLE, PerTensor, Scheme
-from .arena import Staging
+from .arena import Staging, outliving
 from .coverage import Box
 from .plan import Entry
 from .unit import Unit
@@ -127,9 +127,7 @@ class Tracked:
             values: `[1, N, K]`.
             amax: of its groups, of the shape of its scales, to use instead of its own.
         """
-        if self._results is None:
-            self._split_results()
-        q, scale = self._results[number]
+        q, scale = self.result_of_unit(number)
         if self.maxima is not None:
             amax = self.maxima.reshape(-1)[number]
         if amax is not None:
@@ -140,18 +138,23 @@ class Tracked:
             with self.staging.on_device():
                 quantize_to(values, self.entry.scheme, q, scale, amax)
 
-    def _split_results(self):
-        """Codes and scales by unit: views that are made at once cost a fraction of those made one by one."""
-        self.allocate()
-        if len(self.entry.shape) == 2:
-            self._results = [(self.q[None], self.scale[None])]
-        else:
-            self._results = list(zip(self.q.split(1), self.scale.split(1), strict=True))
+    def result_of_unit(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `[1, N, K]` and scales of a unit."""
+        if self._results is None:
+            self.allocate()
+            if len(self.entry.shape) == 2:
+                self._results = [(self.q[None], self.scale[None])]
+            else:  # views that are made at once cost a fraction of those made one by one
+                self._results = list(zip(self.q.split(1), self.scale.split(1), strict=True))
+        return self._results[number]
 
     def result_of(self, first: int, count: int, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[count, rows, columns]` and scales of one rectangle of whole groups of neighbouring units."""
         row0, row1, col0, col1 = box
         group_n, group_k = self.group
+        if self._layout_of_q is None:
+            self._layout_of_q = _layout(self.q)
+            self._layout_of_scale = _layout(self.scale) if self.scale.ndim > 1 and not self.edges else None
         start, unit, row, col = self._layout_of_q
         start += first * unit + row0 * row + col0 * col
         q = self.q.as_strided((count, row1 - row0, col1 - col0), (unit, row, col), start)
@@ -177,17 +180,13 @@ class Tracked:
 
     def allocate(self):
         """Make the FP8 result, if it is not there yet."""
-        if self._layout_of_q is not None:
-            return
         if self.q is None:
             entry = self.entry
-            with torch.inference_mode(False):  # it outlives the engine's context
+            scale_shape, dtype = entry.scheme.scale_shape(entry.shape), entry.scheme.scale_dtype
+            with outliving():
                 q = torch.empty(entry.shape, dtype=entry.fp8_dtype, device=self.device)
-                scale_shape = entry.scheme.scale_shape(entry.shape)
-                scale = torch.empty(scale_shape, dtype=entry.scheme.scale_dtype, device=self.device)
+                scale = torch.empty(scale_shape, dtype=dtype, device=self.device)
             self.q, self.scale = q, scale  # both or none
-        self._layout_of_q = _layout(self.q)
-        self._layout_of_scale = _layout(self.scale) if self.scale.ndim > 1 and not self.edges else None
 
     def region(self, t: torch.Tensor, itemsize: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """A view of the tracked storage as (offset, sizes, strides) in elements of the parameter.

@@ -15,6 +15,7 @@ from .compare import are_equal, are_powers_of_two
 from .coverage import Box
 from .echoes import COPYING, Echoes
 from .hands import Hands
+from .launches import Launches
 from .op_info import OpInfo, op_info
 from .plan import Entry
 from .records import Records
@@ -37,16 +38,25 @@ class Writes:
         on_unit: called with (unit, q, scale) after each unit.
         on_final: called with each `Tracked` when its last unit is final.
         progress: called with (unit) after each unit, or None.
+        may_wait: small units may be quantized after they count as final; not where a hook looks at them.
     """
 
-    def __init__(self, staging: Staging, report: Report, on_unit, on_final: Callable, progress: Callable | None):
+    def __init__(
+        self,
+        staging: Staging,
+        report: Report,
+        on_unit,
+        on_final: Callable,
+        progress: Callable | None,
+        may_wait: bool = True,
+    ):
         self.staging = staging
         self.device = staging.device
         self.report = report
         self.error: LoadError | None = None  # the first, in case the engine's own code swallows it
         self.has_tied_real = False
         self.echoes = Echoes()
-        self._hands = Hands(report, on_unit, on_final, progress)
+        self._hands = Hands(report, on_unit, on_final, progress, Launches(staging) if may_wait else None)
         self._lock = threading.RLock()
         self._records = Records(report, staging.device)
         self._streams = Streams(staging, self._hands, self._records, report)
@@ -435,6 +445,7 @@ class Writes:
             raise LoadError(f"{target} is quantized already; {info.name} cannot change it")
         (unit,) = target.units
         self._hands.let_go(self._hands.mine(), [unit])
+        self._hands.launch()
         rectangle = target.rectangle() if info.name in _COPIES and target.in_elements and len(targets) == 1 else None
         if rectangle is not None:
             box, strides = rectangle

@@ -133,7 +133,7 @@ def test_a_reload(mode):
             assert any(states), f"half loaded after line {at} of {counting.count}"
         else:
             with pytest.raises(PoisonedModelError):
-                LayerwiseLoader(model, device="cpu")
+                _ = LayerwiseLoader(model, device="cpu").plan
             marked += 1
         _load(model, old, Interrupt(None), reload=mode)
         assert _is_loaded(model, old, "per_channel")

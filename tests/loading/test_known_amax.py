@@ -159,4 +159,4 @@ def test_what_is_no_maximum_is_refused():
         ({"fc.weight": torch.tensor(float("inf"))}, "got inf"),
     ):
         with pytest.raises(ValueError, match=match):
-            LayerwiseLoader(model, "per_tensor", device="cpu", amax=amax)
+            _ = LayerwiseLoader(model, "per_tensor", device="cpu", amax=amax).plan

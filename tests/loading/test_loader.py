@@ -540,6 +540,6 @@ def test_cpu_offloaded_parameter():
             p.data.copy_(w)
     assert_quantized(model, "fc.weight", w)
     with pytest.raises(UnmatchedPatternError, match="'nothing' of `offload`"):
-        LayerwiseLoader(Model(fc=(6, 36)), device="cpu", offload=["nothing"])
+        _ = LayerwiseLoader(Model(fc=(6, 36)), device="cpu", offload=["nothing"]).plan
     with pytest.raises(ValueError, match="a reload keeps"):
         LayerwiseLoader(model, reload="streaming", offload=["fc"])

@@ -111,15 +111,15 @@ def test_what_cannot_be_loaded():
     with pytest.raises(
         ValueError, match=r"must be on the meta device, got real ones: `fc.weight`, `fc2.weight`.*ignore"
     ):
-        LayerwiseLoader(model)
+        _ = LayerwiseLoader(model).plan
     model = Model(fc=(6, 36))
     model.fc.weight = nn.Parameter(torch.empty(36, 6, device="meta").t())
     with pytest.raises(ValueError, match=r"must be contiguous, got `fc.weight`"):
-        LayerwiseLoader(model)
+        _ = LayerwiseLoader(model).plan
     model = Model(fc=(6, 36))
     model.fc.register_buffer("weight_scale", torch.ones(()))
     with pytest.raises(ValueError, match=r"`fc.weight` must not have a scale before"):
-        LayerwiseLoader(model)
+        _ = LayerwiseLoader(model).plan
     model = Model(fc=(6, 36), fc2=(6, 36))
     model.fc2.weight = nn.Parameter(model.fc.weight.data[:3])
     with pytest.raises(ValueError, match=r"on meta must not overlap, got `fc.weight` with `fc2.weight`"):

@@ -255,13 +255,13 @@ def test_what_cannot_be_shared_is_refused(alone):
     """Blocks, patterns that match nothing, several groups, no group: told when the loader is made."""
     model = Model(a=(128, 256))
     with pytest.raises(ValueError, match="`a.weight` must be per_tensor or per_channel to share its scales"):
-        LayerwiseLoader(model, "per_block", device="cpu", scale_group={"a": alone})
+        _ = LayerwiseLoader(model, "per_block", device="cpu", scale_group={"a": alone}).plan
     with pytest.raises(UnmatchedPatternError, match="'b'.*scale_group"):
-        LayerwiseLoader(model, device="cpu", scale_group={"b": alone})
+        _ = LayerwiseLoader(model, device="cpu", scale_group={"b": alone}).plan
     with pytest.raises(TypeError, match="must be a process group or a mapping to one"):
         LayerwiseLoader(model, device="cpu", scale_group=2)
     with pytest.raises(ValueError, match="one process group, got several"):
-        LayerwiseLoader(model, device="cpu", scale_group={"a": alone, "b": dist.new_group([0])})
+        _ = LayerwiseLoader(model, device="cpu", scale_group={"a": alone, "b": dist.new_group([0])}).plan
 
 
 def test_waiting_units_stay_within_the_budget(alone):

@@ -156,7 +156,7 @@ def test_partial_update(mode):
                 model.get_parameter(name).data.fill_(1)
         assert_untouched(model, before)
     with pytest.raises(UnmatchedPatternError, match=r"'nothing'.*scope"):
-        LayerwiseLoader(model, reload=mode, scope=["fc", "nothing"])
+        _ = LayerwiseLoader(model, reload=mode, scope=["fc", "nothing"]).plan
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -276,7 +276,7 @@ def test_a_streaming_reload_that_fails_marks_the_model():
         model.fc(x)
     for options in ({}, {"reload": "streaming", "scope": ["fc"]}, {"reload": "transactional", "scope": ["norm"]}):
         with pytest.raises(fk.PoisonedModelError, match="half loaded"):
-            LayerwiseLoader(model, **options)
+            _ = LayerwiseLoader(model, **options).plan
     broken(["fc2.weight"])
     with pytest.raises(fk.PoisonedModelError, match="`fc.weight`"):
         model.fc(x)
@@ -326,7 +326,7 @@ def test_a_streaming_reload_that_fails_at_any_op_tells(scheme):
         if not all(torch.equal(data, contents[name]) for name, data in memory(model)[1].items()):
             refused += 1
             with pytest.raises(fk.PoisonedModelError):
-                LayerwiseLoader(model, "per_channel", device="cpu")
+                _ = LayerwiseLoader(model, "per_channel", device="cpu").plan
             marked = model.get_submodule(half_loaded(model)[0].rpartition(".")[0])
             with pytest.raises(fk.PoisonedModelError):
                 marked(x)

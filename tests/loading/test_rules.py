@@ -130,7 +130,7 @@ def test_every_list_of_patterns_is_one(argument, given):
     """Told by the name of the argument, wherever the list is used first."""
     reload = {"reload": "streaming"} if argument == "scope" else {}
     with pytest.raises(TypeError, match=rf"`{argument}` must be a list of patterns, .*(lm_head|3)"):
-        LayerwiseLoader(Model(fc=(8, 16)), device="cpu", **{argument: given}, **reload)
+        _ = LayerwiseLoader(Model(fc=(8, 16)), device="cpu", **{argument: given}, **reload).plan
 
 
 @pytest.mark.parametrize("argument", [*LISTS, "schemes", "stream"])
@@ -140,4 +140,4 @@ def test_a_bad_regular_expression_is_named(argument):
     given = {"schemes": {bad: "per_tensor"}, "stream": {bad: False}}.get(argument, ["fc", bad])
     reload = {"reload": "streaming"} if argument == "scope" else {}
     with pytest.raises(ValueError, match=r"'re:q_proj\('"):
-        LayerwiseLoader(Model(fc=(8, 16)), device="cpu", **{argument: given}, **reload)
+        _ = LayerwiseLoader(Model(fc=(8, 16)), device="cpu", **{argument: given}, **reload).plan
