@@ -7,6 +7,7 @@ import torch
 from ..errors import LoadError, NonFiniteWeightError
 from ..ops import FP8_DTYPES, dequantize
 from ..schemes import SCALE_DTYPES, WHOLE, PerBlock, PerTensor, Scheme, as_scheme
+from .copy_counter import BelowModes
 from .origin import scheme_of
 from .writes import Writes
 
@@ -30,7 +31,9 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
     if holds_nan(q):
         raise NonFiniteWeightError(f"{name}: its codes hold NaN or Inf")
     with torch.no_grad():
-        if not writes.take_codes(t, q, scale, scheme):
+        with BelowModes():  # the codes of a model that is reloaded are nothing that its engine may write
+            taken = writes.take_codes(t, q, scale, scheme)
+        if not taken:
             _copy_dequantized(t, q, scale, scheme)
 
 

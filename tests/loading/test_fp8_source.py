@@ -147,6 +147,21 @@ def test_one_scale_for_all_that_arrives_twice(into, waits):
     assert not loader.report.rewrites
 
 
+@pytest.mark.parametrize("mode", ["transactional", "streaming"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_reload_with_codes(scheme, mode):
+    """They go where those of the first load are, whether that memory serves meanwhile or not."""
+    model, w = Model(fc=(128, 384)), values(128, 384)
+    load(model, lambda params: params["fc.weight"].data.copy_(w), scheme)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    q, scale = fk.quantize(w * 3, scheme)
+    with LayerwiseLoader(model, device="cpu", reload=mode) as loader:
+        for _ in range(2):
+            loader.copy_codes(model.fc.weight, q, scale, scheme)
+    _assert_codes(model.fc, q, scale)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
 def test_what_is_refused():
     """Other shapes, scales that fit nothing, NaN, and another value for what arrived before."""
     q, scale = fk.quantize(values(6, 36), "per_channel")
