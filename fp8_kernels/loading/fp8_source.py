@@ -23,9 +23,12 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
     scale = usable(scale)
     if scale.dtype not in SCALE_DTYPES:
         raise LoadError(f"scales for {name} must be floating-point numbers, got {scale.dtype}")
-    if scale.numel() == 1:
-        scale = scale.reshape(())
-    scheme = as_scheme(scheme) if scheme is not None else stored_scheme(q, scale, name)
+    if scheme is not None:
+        scheme = as_scheme(scheme)
+    if scale.numel() == 1:  # it covers all, whatever else it would
+        scale, scheme = scale.reshape(()), None
+    if scheme is None:
+        scheme = stored_scheme(q, scale, name)
     if not _fits(q, scale, scheme):
         raise LoadError(f"scales for {name} must be of shape {scheme.scale_shape(q.shape)}, got {tuple(scale.shape)}")
     if holds_nan(q):

@@ -147,6 +147,23 @@ def test_one_scale_for_all_that_arrives_twice(into, waits):
     assert not loader.report.rewrites
 
 
+@pytest.mark.parametrize("into", SCHEMES)
+@pytest.mark.parametrize("source", SCHEMES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (96, 32), (1, 96, 32)])
+def test_weights_that_one_scale_covers(source, into, shape):
+    """Smaller than a block or a group, or one row: what one scale covers is told, and any other granularity follows."""
+    w = torch.randn(shape).bfloat16()
+    q, scale = fk.quantize(w, source)
+    model = Model(experts=shape) if len(shape) == 3 else Model(fc=shape)
+    (name,) = model.state_dict()
+    with LayerwiseLoader(model, into, device="cpu") as loader:
+        loader.copy_codes(model.get_parameter(name), q, scale, source)
+    held = fk.dequantize(model.get_parameter(name), model.get_parameter(f"{name}_scale"), torch.float32, into)
+    exact = fk.dequantize(q, scale, torch.float32, source)
+    again = fk.dequantize(*fk.quantize(exact, into), torch.float32, into)
+    assert torch.equal(held, exact) or torch.equal(held, again)
+
+
 @pytest.mark.parametrize("mode", ["transactional", "streaming"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_reload_with_codes(scheme, mode):
