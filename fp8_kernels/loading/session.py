@@ -214,7 +214,7 @@ class Session:
             return None
         self.writes.assign(tracked, tracked.handle, value)
         place = next(p for p in tracked.places if p.module is module and p.leaf == leaf)
-        return place.registry.get(leaf, tracked.entry.tensors[0])
+        return tracked.object_at[place]  # not what is there now, which may be a copy of it, or tied to another
 
     def _tensor_is_final(self, tracked: Tracked):
         if self._hooks.on_module is None:
