@@ -69,7 +69,10 @@ class Staging:
 
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised buffer; give it back with `release`."""
-        buffer = self._arena.take(shape, dtype)
+        buffer = self.spare(shape, dtype)
+        if buffer is None:
+            self._move_away(shape, dtype)
+            buffer = self._arena.take(shape, dtype)
         while buffer is None:
             unit = next((unit for unit in self._open if unit not in self.in_use), None)
             if unit is None:
@@ -82,6 +85,22 @@ class Staging:
     def spare(self, shape, dtype: torch.dtype) -> torch.Tensor | None:
         """A buffer out of memory that it has already; None where it has no room there."""
         return self._arena.take(shape, dtype, may_grow=False)
+
+    def _move_away(self, shape, dtype):
+        """Empty a slab for such a buffer, where the units that wait there take less than it: with a unit whose file
+        ended in the middle, all that is larger would else need another slab as large."""
+        for slab, bytes_out in self._arena.large_enough(shape, dtype):
+            units = [u for u in self._open if u not in self.in_use and slab.holds(u.buffer)]
+            waiting = sum(_aligned(unit.buffer.nbytes) for unit in units)
+            if waiting == bytes_out < _aligned(math.prod(shape) * dtype.itemsize):
+                for unit in units:
+                    buffer = self._arena.take(unit.buffer.shape, unit.buffer.dtype, without=slab)
+                    if buffer is None:
+                        return
+                    buffer.copy_(unit.buffer)
+                    self.release(unit.buffer)
+                    unit.buffer = buffer
+                return
 
     def has_room(self, shape, dtype: torch.dtype) -> bool:
         """Can it give such a buffer out of memory that it has already?"""
@@ -162,12 +181,20 @@ class Arena:
         self._last: torch.Tensor | None = None  # given back last: the next one is often like it
         self._out: dict[int, tuple[_Slab | None, int, int, int]] = {}  # address -> slab, start, end, bytes
 
-    def take(self, shape, dtype: torch.dtype, beyond_limit: bool = False, may_grow: bool = True) -> torch.Tensor | None:
+    def take(
+        self,
+        shape,
+        dtype: torch.dtype,
+        beyond_limit: bool = False,
+        may_grow: bool = True,
+        without: _Slab | None = None,
+    ) -> torch.Tensor | None:
         """An uninitialised contiguous buffer; None if the limit leaves no room.
 
         Args:
             may_grow: allocate another slab where those that there are have no room.
             beyond_limit: allocate one apart where the limit leaves no room.
+            without: a slab not to take it from; another one that is allocated for that is no larger than it must be.
         """
         last = self._last
         if last is not None:
@@ -177,15 +204,15 @@ class Arena:
                 return last
             self._free(last)
         nbytes = math.prod(shape) * dtype.itemsize
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = _aligned(nbytes)
         if not nbytes:
             return torch.empty(shape, dtype=dtype, device=self.device)
         for slab in self._slabs:
-            start = slab.take(size)
+            start = slab.take(size) if slab is not without else None
             if start is not None:
                 break
         else:
-            slab, start = self._grow(size) if may_grow else None, 0
+            slab, start = self._grow(size, without is not None) if may_grow else None, 0
             if slab is None and not beyond_limit:
                 return None
         if slab is None:
@@ -199,6 +226,11 @@ class Arena:
         self._out[buffer.data_ptr()] = slab, start, start + size, nbytes
         self._count(nbytes)
         return buffer
+
+    def large_enough(self, shape, dtype: torch.dtype) -> list[tuple[_Slab, int]]:
+        """The slabs that could hold such a buffer if they were empty, and the bytes that are out of each."""
+        size = _aligned(math.prod(shape) * dtype.itemsize)
+        return [(slab, slab.size - slab.num_free) for slab in self._slabs if slab.size >= size]
 
     def has_room(self, shape, dtype: torch.dtype) -> bool:
         """Is there a buffer without a new slab?"""
@@ -232,10 +264,10 @@ class Arena:
         if slab is not None:
             slab.give(start, end)
 
-    def _grow(self, size):
+    def _grow(self, size, no_larger=False):
         """A new slab with a buffer of that size taken from its start."""
         room = math.inf if self.limit is None else self.limit - self.reserved
-        wanted = max(size, min(max(self.first, self.reserved), room))
+        wanted = size if no_larger else max(size, min(max(self.first, self.reserved), room))
         if wanted > room:
             return None
         self.reserved += wanted
@@ -248,13 +280,26 @@ class Arena:
             return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.pin)
 
 
+def _aligned(num_bytes):
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
 class _Slab:
     """One allocation, and the free intervals in it: sorted, disjoint, none touching the next."""
 
     def __init__(self, memory: torch.Tensor):
-        self._memory = memory
+        self._memory, self.size = memory, memory.numel()
         self.free: list[tuple[int, int]] = [(0, memory.numel())]
         self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Bytes that are not taken."""
+        return sum(end - start for start, end in self.free)
+
+    def holds(self, buffer: torch.Tensor) -> bool:
+        """Does a buffer lie in it?"""
+        return 0 <= buffer.data_ptr() - self._memory.data_ptr() < self.size
 
     def typed(self, dtype):
         """The slab as elements of that dtype."""

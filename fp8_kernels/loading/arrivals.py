@@ -98,6 +98,7 @@ class Arrivals:
         let_go_first = buffer is None
         if let_go_first:
             self._hands.let_go(hand, units)
+            self._hands.launch_less_than(size[1] * size[2] * dtype.itemsize)
             buffer = staging.empty(size, dtype)
         try:
             self._bring(_part(buffer, shape[1], box) if room != box else buffer[0], source, non_blocking)
@@ -117,6 +118,7 @@ class Arrivals:
         let_go_first = unit.buffer is None and not staging.has_room(unit.shape, dtype)
         if let_go_first:
             self._hands.let_go(hand, units)
+            self._hands.launch_less_than(unit.tracked.unit_numel * dtype.itemsize)
         place, tracked = _part(unit.open(dtype), unit.shape[1], box), unit.tracked
         is_large = tracked.unit_numel * dtype.itemsize > ACCUMULATE_BYTES
         # Padding may arrive with a shard, and is outside of every scale.

@@ -184,6 +184,12 @@ class Hands:
         if self._launches is not None:
             self._launches.launch()
 
+    @_remembered
+    def launch_less_than(self, num_bytes: int):
+        """Quantize what waits for that, where something as large needs room and may find it there."""
+        if self._launches is not None and self._launches.num_bytes < num_bytes:
+            self._launches.launch()
+
     def _tell(self, unit, started):
         """A unit is quantized."""
         self._report.quantized_units += 1

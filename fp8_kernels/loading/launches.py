@@ -16,6 +16,9 @@ class Launches:
 
     Args:
         staging: which their buffers are given back to.
+
+    Attributes:
+        num_bytes: of those that wait.
     """
 
     def __init__(self, staging: Staging):
@@ -24,7 +27,7 @@ class Launches:
         self._values: list[torch.Tensor] = []
         self._codes: list[torch.Tensor] = []
         self._scales: list[torch.Tensor] = []
-        self._bytes = 0
+        self.num_bytes = 0
 
     def add(self, values: torch.Tensor, scheme, q: torch.Tensor, scale: torch.Tensor) -> bool:
         """Let a weight wait, and its buffer with it. Returns False, and has done nothing, where it should not.
@@ -39,7 +42,7 @@ class Launches:
             return False
         if self._values:
             other = scheme is not self._scheme or q.dtype is not self._dtype
-            if other or len(self._values) == MAX_WAITING or self._bytes + num_bytes > self._room:
+            if other or len(self._values) == MAX_WAITING or self.num_bytes + num_bytes > self._room:
                 self.launch()
         if num_bytes > self._room:
             return False
@@ -47,7 +50,7 @@ class Launches:
         self._values.append(values)
         self._codes.append(q)
         self._scales.append(scale)
-        self._bytes += num_bytes
+        self.num_bytes += num_bytes
         return True
 
     def launch(self):
@@ -56,7 +59,7 @@ class Launches:
         if not values:
             return
         codes, scales = self._codes, self._scales
-        self._values, self._codes, self._scales, self._bytes = [], [], [], 0
+        self._values, self._codes, self._scales, self.num_bytes = [], [], [], 0
         try:
             with self._staging.on_device():
                 quantize_many_into(values, self._scheme, codes, scales)

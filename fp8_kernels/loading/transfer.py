@@ -96,6 +96,9 @@ class Transfer:
         self._files: dict[str, int] = {}
         self._engine = self._stream = self._counters = self._closing = None
         self._num_groups = 0
+        # What the engine reads from and writes to, until it is done with that: however early whoever sent it lets go.
+        self._arriving: list[list[Memory]] = []
+        self._sent: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._started, self._seconds = 0.0, None
         self._consumer = None  # the stream that uses what has arrived
 
@@ -113,6 +116,7 @@ class Transfer:
         self.wind_up()
         self._closing.join()
         self._closing = self._engine = None
+        self._arriving, self._sent = [], {}
         for fd in self._files.values():
             os.close(fd)
         self._files = {}
@@ -155,11 +159,12 @@ class Transfer:
             fd = self._open(span.path)
             runs.append(Run(fd, span.offset, span.num_bytes, to, group, max(after, group - MAX_GROUPS)))
         self._num_groups += len(spans)
+        memories = [ring, *reversed(own)]
+        self._arriving.append(memories)
         self._engine.add(runs)
-        return self._receive(spans, [to for to, _ in places], first, own, ring)
+        return self._receive(spans, [to for to, _ in places], first, memories)
 
-    def _receive(self, spans, places, first, own, ring):
-        own.reverse()
+    def _receive(self, spans, places, first, memories):
         for group, (span, to) in enumerate(zip(spans, places, strict=True), first):
             try:
                 self._engine.wait(group, self._consumer)
@@ -167,11 +172,12 @@ class Transfer:
                 at = spans[error.group - first] if error.group >= first else span
                 where = f"{at.path}, bytes {at.offset} to {at.offset + at.num_bytes}" if error.group >= 0 else at.path
                 raise CheckpointError(f"cannot read {where}: {error.what}") from error
-            memory = own.pop() if own else ring
+            memory = memories.pop() if len(memories) > 1 else memories[0]
             memory.place = to - memory.address
             yield span, memory
             del memory
             self._engine.release(group, self._consumer)
+        self._arriving.remove(memories)
 
     def fetch(self, span: Span, to: torch.Tensor) -> int:
         """Begin to move a span of a file to where it stays.
@@ -186,7 +192,7 @@ class Transfer:
             CheckpointError: the file cannot be opened.
         """
         self._follow()
-        return self._send(self._open(span.path), span.offset, to)
+        return self._send(self._open(span.path), span.offset, to, None)
 
     def send(self, to: torch.Tensor, source: torch.Tensor) -> int:
         """Begin to copy a tensor of the host.
@@ -201,7 +207,7 @@ class Transfer:
         if not (to.is_contiguous() and source.is_contiguous() and to.nbytes == source.nbytes):
             raise ValueError("`to` and `source` must be contiguous and of the same number of bytes")
         self._follow()
-        return self._send(HOST, source.data_ptr(), to)
+        return self._send(HOST, source.data_ptr(), to, source)
 
     def wait(self, sent: int):
         """Wait until what was sent or fetched has been read; what is enqueued from now on finds it where it belongs.
@@ -217,6 +223,7 @@ class Transfer:
         except EngineError as error:
             kind = LoadError if error.group < 0 else CheckpointError
             raise kind(f"moving data to {self.device} failed: {error.what}") from error
+        self._sent.pop(sent, None)
 
     @property
     def num_bytes(self) -> int:
@@ -244,10 +251,11 @@ class Transfer:
     def _allocate(self, size):
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def _send(self, fd, offset, to):
+    def _send(self, fd, offset, to, source):
         group = self._num_groups
         if not to.nbytes:
             return -1
+        self._sent[group] = to, source
         self._engine.add([Run(fd, offset, to.nbytes, to.data_ptr(), group, -1)])
         self._num_groups += 1
         return group

@@ -57,6 +57,27 @@ def test_a_budget_of_nothing_is_enough(scheme):
     assert report.spills > 4 and report.peak_staging_bytes <= 2 * 150 * 96 * 2
 
 
+def test_a_unit_that_stays_open_makes_room_for_a_larger_one(monkeypatch):
+    """Its file ended in the middle; what comes next is as large as all staging so far. It moves to a slab of its own
+    size, with what it holds, instead of having all of that once more; and what is complete is out of the way."""
+    slabs, allocate = [], Arena._allocate
+    monkeypatch.setattr(Arena, "_allocate", lambda *args: slabs.append(t := allocate(*args)) or t)
+    small, large = values(64, 96), values(512, 96)
+    model = Model(first=(64, 96), small=(64, 96), large=(512, 96))
+
+    def loading(params):
+        params["first.weight"].data.copy_(small)
+        params["small.weight"].data[:32].copy_(small[:32])  # behind the first, which is open still
+        for rows in (slice(0, 256), slice(256, 512)):
+            params["large.weight"].data[rows].copy_(large[rows])
+        params["small.weight"].data[32:].copy_(small[32:])
+
+    report = load(model, loading, "per_tensor").report
+    for name, w in (("first", small), ("small", small), ("large", large)):
+        assert_quantized(model, f"{name}.weight", w, "per_tensor")
+    assert [slab.nbytes for slab in slabs] == [large.nbytes, UNIT] and not report.spills
+
+
 def test_the_default_budget_spills_nothing_small():
     """256 MiB by default: a model smaller than that never waits on the host, whatever the order."""
     weights = {f"fc{i}": values(64, 96) for i in range(8)}

@@ -1,8 +1,10 @@
 """Bytes that are moved by many threads arrive as they are, in order, or the error names what could not be read."""
 
+import gc
 import os
 import signal
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -228,3 +230,24 @@ def test_cold_files_are_read_through_the_page_cache_if_they_fit(file, monkeypatc
     monkeypatch.setattr(transfer, "free_memory", lambda: SIZE - 1)
     assert Options.for_files([path]).direct == transfer._opens_directly(path)
     assert not transfer._opens_directly(os.path.dirname(path) + "/missing")
+
+
+def test_memory_stays_while_threads_may_write_to_it(engine_name, file, monkeypatch):
+    """Whoever asked for spans, or sent a tensor, may let go of all at once, as an error in a loop over them does: what
+    is under way is then still read from, and written to, memory of the transfer's."""
+    path, _ = file
+    made = []
+    allocate = Transfer._allocate
+    monkeypatch.setattr(Transfer, "_allocate", lambda *args: made.append(t := allocate(*args)) or t)
+    with Transfer("cpu", Options(2, 4096, 2)) as moving:
+        next(moving.start([Span(path, i << 20, 1 << 20) for i in range(3)], ahead=1 << 20))
+        source, target = torch.ones(1 << 16), torch.zeros(1 << 16)
+        moving.send(target, source)
+        held = [weakref.ref(t) for t in (*made, source, target)]
+        del source, target
+        made.clear()
+        gc.collect()
+        # The first span has memory of its own, and had arrived.
+        assert [ref() is not None for ref in held] == [False, True, True, True]
+    gc.collect()
+    assert all(ref() is None for ref in held)
