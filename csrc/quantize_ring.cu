@@ -48,14 +48,14 @@ constexpr int kKeptSlots = 10;
 // Several groups at once, for parts of at least this many tiles and so fewer posts.
 constexpr int kTilesPerPart = 3;
 
-// Every part has a tile, and teams have turns: a team that still needs a part's scale holds back a slot that is at most
-// kSlots + kCastTeams parts behind.
-static_assert(kScales > kSlots + kCastTeams, "the scale warp never overwrites a scale in use");
+// Every part has a tile, and teams have turns: a team that still needs a part's scale holds back a slot, or its
+// next one, that is at most kSlots + 2 * kCastTeams parts behind.
+static_assert(kScales > kSlots + 2 * kCastTeams, "the scale warp never overwrites a scale in use");
 static_assert(kKeptSlots % kCastTeams == 0 && kSlots % kCastTeams == 0, "uses of a slot are the same cast team's");
 
-// The longer a group takes to load, the more it matters that its tiles arrive in order: later loads of one block must
-// not go before earlier ones of another.
-int max_in_flight(int64_t tiles_per_part) { return tiles_per_part < 5 || tiles_per_part > 7 ? 3 : 2; }
+// Tiles that a block loads at once, where groups fit: it matters that they arrive in the order of the groups, so later
+// loads of one block must not go before earlier ones of another.
+constexpr int kMaxInFlight = 3;
 
 struct alignas(128) Shared {
   uint8_t tiles[kSlots][kTileBytes];
@@ -195,6 +195,7 @@ struct TileVecs {
   Vec<T> vecs[kPerThread];
   int num;
 
+  __device__ TileVecs() {}
   __device__ TileVecs(const uint8_t* tile, int64_t bytes_left, int lane) {
     num = static_cast<int>(min(static_cast<int64_t>(kTileBytes), bytes_left)) / kVecBytes;
 #pragma unroll
@@ -274,15 +275,19 @@ __device__ void make_scales(const RingParams& p, Shared& shared, int lane) {
   }
 }
 
-template <typename T, Fp8Type kType, bool kPlain>
-__device__ void cast_tile(const Part& part, Shared& shared, const ScaleDivider& divide, const Place& place, int i,
-                          int lane) {
+// Take a tile into registers, and free its slot.
+template <typename T>
+__device__ TileVecs<T> take_tile(const Part& part, Shared& shared, const Place& place, int i, int lane) {
   shared.full[place.slot()].wait(place.round);
-  const int64_t begin = part.tile(i) * kTileBytes;
-  const TileVecs<T> tile(shared.tiles[place.slot()], part.weight->group_bytes - begin, lane);
+  const TileVecs<T> tile(shared.tiles[place.slot()], part.weight->group_bytes - part.tile(i) * kTileBytes, lane);
   __syncwarp();
   if (lane % 32 == 0) shared.empty[place.slot()].arrive();
-  uint2* target = reinterpret_cast<uint2*>(part.target + begin / sizeof(T)) + lane;
+  return tile;
+}
+
+template <typename T, Fp8Type kType, bool kPlain>
+__device__ void store_tile(const Part& part, const TileVecs<T>& tile, const ScaleDivider& divide, int i, int lane) {
+  uint2* target = reinterpret_cast<uint2*>(part.target + part.tile(i) * kTileBytes / sizeof(T)) + lane;
 #pragma unroll
   for (int j = 0; j < TileVecs<T>::kPerThread; ++j) {
     if (j * kTeamThreads + lane < tile.num) {
@@ -291,29 +296,58 @@ __device__ void cast_tile(const Part& part, Shared& shared, const ScaleDivider& 
   }
 }
 
-// Cast the tiles that are the team's: those not kept from the last one, then those kept.
-template <typename T, Fp8Type kType, bool kPlain>
-__device__ void cast_part(const Part& part, Shared& shared, const ScaleDivider& divide, Places places, int team,
-                          int lane) {
-  const auto skipped = [&](const Place& place) {
-    return (team + kCastTeams - place.offset % kCastTeams) % kCastTeams;
-  };
-  int i = skipped(places.passing);
-  places.passing.advance(i);
-  for (; i < part.passing(); i += kCastTeams) {
-    cast_tile<T, kType, kPlain>(part, shared, divide, places.passing, part.tiles - 1 - i, lane);
-    places.passing.advance(kCastTeams);
-  }
-  i = skipped(places.kept);
-  places.kept.advance(i);
-  for (; i < part.kept; i += kCastTeams) {
-    cast_tile<T, kType, kPlain>(part, shared, divide, places.kept, i, lane);
-    places.kept.advance(kCastTeams);
+// Calls f with the FP8 type and whether the scale is a plain one, as constants.
+template <typename F>
+__device__ void dispatch_cast(Fp8Type type, bool plain, F&& f) {
+  using E4M3 = std::integral_constant<Fp8Type, Fp8Type::kE4M3>;
+  using E5M2 = std::integral_constant<Fp8Type, Fp8Type::kE5M2>;
+  if (plain) {
+    type == Fp8Type::kE4M3 ? f(E4M3{}, std::true_type{}) : f(E5M2{}, std::true_type{});
+  } else {
+    type == Fp8Type::kE4M3 ? f(E4M3{}, std::false_type{}) : f(E5M2{}, std::false_type{});
   }
 }
 
+// How many tiles from a place on until one is the team's.
+__device__ int skipped(const Place& place, int team) { return (team + kCastTeams - place.offset % kCastTeams) % kCastTeams; }
+
+// Cast the tiles that are the team's, of parts that are kept whole. The first one of each waits for the scale in
+// registers: two more slots to load into.
 template <typename T>
-__device__ void cast_tiles(const RingParams& p, Shared& shared, int team, int lane) {
+__device__ void cast_kept(const RingParams& p, Shared& shared, int team, int lane) {
+  Place kept(0, p.kept_slots);
+  int count = 0;
+  for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
+    const Part part = locate(p, index);
+    Place place = kept;
+    int i = skipped(place, team);
+    place.advance(i);
+    TileVecs<T> tile;
+    if (i < part.tiles) tile = take_tile<T>(part, shared, place, i, lane);
+    shared.scale_known[count % kScales].wait(count / kScales);
+    const ScaleDivider divide(float_of(shared.scales[count % kScales]), p.rule);
+    dispatch_cast(p.fp8_type, divide.is_plain(), [&](auto type, auto plain) {
+      while (i < part.tiles) {
+        store_tile<T, type.value, plain.value>(part, tile, divide, i, lane);
+        i += kCastTeams;
+        place.advance(kCastTeams);
+        if (i < part.tiles) tile = take_tile<T>(part, shared, place, i, lane);
+      }
+    });
+    kept.advance(part.tiles);
+  }
+}
+
+template <typename T, Fp8Type kType, bool kPlain>
+__device__ void cast_tile(const Part& part, Shared& shared, const ScaleDivider& divide, const Place& place, int i,
+                          int lane) {
+  store_tile<T, kType, kPlain>(part, take_tile<T>(part, shared, place, i, lane), divide, i, lane);
+}
+
+// The same of parts that are not kept whole: first the other tiles, from the last one. None is waited for before the
+// scale is known: see Place.
+template <typename T>
+__device__ void cast_large(const RingParams& p, Shared& shared, int team, int lane) {
   Places places(p, kSlots);
   int count = 0;
   for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
@@ -321,16 +355,22 @@ __device__ void cast_tiles(const RingParams& p, Shared& shared, int team, int la
     places.passing.advance(part.passing());  // those loads were for the amax
     shared.scale_known[count % kScales].wait(count / kScales);
     const ScaleDivider divide(float_of(shared.scales[count % kScales]), p.rule);
-    const auto cast = [&](auto type, auto plain) {
-      cast_part<T, type.value, plain.value>(part, shared, divide, places, team, lane);
-    };
-    using E4M3 = std::integral_constant<Fp8Type, Fp8Type::kE4M3>;
-    using E5M2 = std::integral_constant<Fp8Type, Fp8Type::kE5M2>;
-    if (divide.is_plain()) {
-      p.fp8_type == Fp8Type::kE4M3 ? cast(E4M3{}, std::true_type{}) : cast(E5M2{}, std::true_type{});
-    } else {
-      p.fp8_type == Fp8Type::kE4M3 ? cast(E4M3{}, std::false_type{}) : cast(E5M2{}, std::false_type{});
-    }
+    dispatch_cast(p.fp8_type, divide.is_plain(), [&](auto type, auto plain) {
+      Place place = places.passing;
+      int i = skipped(place, team);
+      place.advance(i);
+      for (; i < part.passing(); i += kCastTeams) {
+        cast_tile<T, type.value, plain.value>(part, shared, divide, place, part.tiles - 1 - i, lane);
+        place.advance(kCastTeams);
+      }
+      place = places.kept;
+      i = skipped(place, team);
+      place.advance(i);
+      for (; i < part.kept; i += kCastTeams) {
+        cast_tile<T, type.value, plain.value>(part, shared, divide, place, i, lane);
+        place.advance(kCastTeams);
+      }
+    });
     places.kept.advance(part.kept);
     if (part.passing() > 0) {
       places.passing.advance(part.passing());
@@ -382,7 +422,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) quantize_ring_kernel(const __g
   }
   pass_barrier();
   if (team <= kCastTeams) {
-    cast_tiles<T>(p, shared, team - 1, lane);
+    p.is_large ? cast_large<T>(p, shared, team - 1, lane) : cast_kept<T>(p, shared, team - 1, lane);
   } else if (threadIdx.x == kLoaderThread) {
     while (loader.load()) {
     }
@@ -410,7 +450,7 @@ void plan_ring(RingParams& p) {
   }
   p.is_large = largest > processors * kSlots * kTileBytes;
   p.kept_slots = p.is_large ? kKeptSlots : kSlots;
-  p.max_in_flight = 0;
+  p.max_in_flight = p.is_large ? 0 : kMaxInFlight;
   const int64_t least = std::clamp<int64_t>(all_bytes / kTileBytes / (2 * processors), 1, kTilesPerPart);
   p.num_parts = p.num_mailboxes = 0;
   for (int i = 0; i < p.num_weights; ++i) {
@@ -421,7 +461,6 @@ void plan_ring(RingParams& p) {
     const int64_t parts = std::min(weight.tiles, std::max<int64_t>(1, processors / at_once));
     weight.parts = Divisor(parts);
     weight.remainder = weight.tiles % parts;
-    if (!p.is_large) p.max_in_flight = std::max(p.max_in_flight, max_in_flight(weight.tiles / parts));
     weight.first_part = p.num_parts;
     weight.first_mailbox = p.num_mailboxes;
     p.num_parts += weight.num_groups * parts;

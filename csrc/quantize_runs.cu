@@ -11,12 +11,14 @@
 namespace fp8_kernels {
 namespace {
 
-template <typename T, int kTeam_, int kVecs_>
+template <typename T, int kTeam_, int kVecs_, int kGroups_ = 1>
 struct Traits {
   using Element = T;
   static constexpr int kTeam = kTeam_;  // threads that share a group
   static constexpr int kVecs = kVecs_;  // loads in flight a thread
   static constexpr int kNumThreads = kTeam > 32 ? kTeam : 256;
+  static constexpr int kGroups = kGroups_;  // that a team takes at once
+  static_assert(kGroups == 1 || kTeam <= 32, "the shared memory of team_max is for one");
   static constexpr int kTeams = kNumThreads / kTeam;
   static constexpr int capacity() { return kTeam * kVecs; }
 };
@@ -35,39 +37,49 @@ __global__ void __launch_bounds__(Traits::kNumThreads) quantize_runs_kernel(cons
   int64_t block = blockIdx.x;
   const Runs& runs = find_weight(p, block);
   const int lane = threadIdx.x % Traits::kTeam;
-  const int64_t group = block * Traits::kTeams + threadIdx.x / Traits::kTeam;
-  const int num_vecs = group < runs.num_groups ? static_cast<int>(runs.vecs) : 0;
+  const int64_t first = block * Traits::kTeams * Traits::kGroups + threadIdx.x / Traits::kTeam;
 
   // Load.
-  const T* source = static_cast<const T*>(runs.w) + group * runs.w_stride + lane * kVecElements;
-  Vec<T> vecs[Traits::kVecs];
+  Vec<T> vecs[Traits::kGroups][Traits::kVecs];
 #pragma unroll
-  for (int i = 0; i < Traits::kVecs; ++i) {
-    vecs[i] = i * Traits::kTeam + lane < num_vecs ? load_whole_vec(source + i * kStep) : Vec<T>{};
-  }
-
-  // Reduce.
-  uint32_t acc = 0;
-#pragma unroll
-  for (int i = 0; i < Traits::kVecs; ++i) acc = vecs[i].max_abs(acc);
-  const uint32_t amax = team_max<Traits::kTeam>(Elements<T>::amax_bits(acc));
-
-  // Make the scale.
-  const uint32_t stored = stored_scale(float_of(amax), kType, p.pow2, p.scale_type, p.rule);
-  if (lane == 0 && num_vecs > 0) store_scale(stored, runs.scale, group * runs.scale_stride, p.scale_type);
-  const ScaleDivider divide(scale_value(stored, p.scale_type), p.rule);
-
-  // Cast and store.
-  uint8_t* target = runs.q + group * runs.q_stride + lane * kVecElements;
-  const auto cast = [&](auto plain) {
+  for (int g = 0; g < Traits::kGroups; ++g) {
+    const int64_t group = first + g * Traits::kTeams;
+    const int num_vecs = group < runs.num_groups ? static_cast<int>(runs.vecs) : 0;
+    const T* source = static_cast<const T*>(runs.w) + group * runs.w_stride + lane * kVecElements;
 #pragma unroll
     for (int i = 0; i < Traits::kVecs; ++i) {
-      if (i * Traits::kTeam + lane < num_vecs) {
-        store_whole_vec(target + i * kStep, codes_of<kType, plain.value>(vecs[i], divide));
-      }
+      vecs[g][i] = i * Traits::kTeam + lane < num_vecs ? load_whole_vec(source + i * kStep) : Vec<T>{};
     }
-  };
-  divide.is_plain() ? cast(std::true_type{}) : cast(std::false_type{});
+  }
+
+#pragma unroll
+  for (int g = 0; g < Traits::kGroups; ++g) {
+    const int64_t group = first + g * Traits::kTeams;
+    const int num_vecs = group < runs.num_groups ? static_cast<int>(runs.vecs) : 0;
+
+    // Reduce.
+    uint32_t acc = 0;
+#pragma unroll
+    for (int i = 0; i < Traits::kVecs; ++i) acc = vecs[g][i].max_abs(acc);
+    const uint32_t amax = team_max<Traits::kTeam>(Elements<T>::amax_bits(acc));
+
+    // Make the scale.
+    const uint32_t stored = stored_scale(float_of(amax), kType, p.pow2, p.scale_type, p.rule);
+    if (lane == 0 && num_vecs > 0) store_scale(stored, runs.scale, group * runs.scale_stride, p.scale_type);
+    const ScaleDivider divide(scale_value(stored, p.scale_type), p.rule);
+
+    // Cast and store.
+    uint8_t* target = runs.q + group * runs.q_stride + lane * kVecElements;
+    const auto cast = [&](auto plain) {
+#pragma unroll
+      for (int i = 0; i < Traits::kVecs; ++i) {
+        if (i * Traits::kTeam + lane < num_vecs) {
+          store_whole_vec(target + i * kStep, codes_of<kType, plain.value>(vecs[g][i], divide));
+        }
+      }
+    };
+    divide.is_plain() ? cast(std::true_type{}) : cast(std::false_type{});
+  }
 }
 
 template <typename Traits>
@@ -75,7 +87,8 @@ void launch(RunsParams& params, Fp8Type type, cudaStream_t stream) {
   int64_t num_blocks = 0;
   for (int i = 0; i < params.num_weights; ++i) {
     Runs& runs = params.weights[i];
-    runs.num_blocks = (runs.num_groups + Traits::kTeams - 1) / Traits::kTeams;
+    constexpr int kPerBlock = Traits::kTeams * Traits::kGroups;
+    runs.num_blocks = (runs.num_groups + kPerBlock - 1) / kPerBlock;
     num_blocks += runs.num_blocks;
   }
   dispatch_fp8(type, [&](auto fp8) {
@@ -100,9 +113,10 @@ void launch_quantize_runs(RunsParams& params, InputType type, cudaStream_t strea
       launch<Candidate>(params, params.fp8_type, stream);
       return true;
     };
-    const bool launched = fits(Traits<T, 4, 1>{}) || fits(Traits<T, 8, 2>{}) || fits(Traits<T, 32, 4>{}) ||
-                          fits(Traits<T, 64, 4>{}) || fits(Traits<T, 128, 4>{}) || fits(Traits<T, 256, 4>{}) ||
-                          fits(Traits<T, 512, 4>{}) || fits(Traits<T, 512, 8>{});
+    // Two vectors a thread, and twice the threads, are 1 to 2 us ahead of four; of groups of one vector, two groups.
+    const bool launched = fits(Traits<T, 4, 1, 2>{}) || fits(Traits<T, 8, 2>{}) || fits(Traits<T, 64, 2>{}) ||
+                          fits(Traits<T, 128, 2>{}) || fits(Traits<T, 256, 2>{}) || fits(Traits<T, 512, 2>{}) ||
+                          fits(Traits<T, 1024, 2>{}) || fits(Traits<T, 512, 8>{});
     if constexpr (sizeof(T) == 2) {
       if (!launched) launch<Traits<T, 1024, 8>>(params, params.fp8_type, stream);
     }

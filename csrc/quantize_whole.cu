@@ -31,7 +31,7 @@ template <typename T>
 struct Sizes {
   static constexpr int kVecBytes = kVecElements * sizeof(T);
   static constexpr int kChunkBytes = kNumThreads * kVecBytes;
-  static constexpr int kKept = (208 << 10) / kChunkBytes;
+  static constexpr int kKept = (224 << 10) / kChunkBytes;
   // In the 64 registers of a thread: what it holds, and loads in flight.
   static constexpr int kHeld = 24 / Vec<T>::kWords;
   static constexpr int kStreamed = 16 / Vec<T>::kWords;
@@ -59,10 +59,12 @@ struct Chunks {
 
   __device__ int64_t offset(int i) const { return first + static_cast<int64_t>(i) * stride; }
 
-  // Zeros, which no amax sees, where the weight has ended.
+  // Zeros, which no amax sees, where the weight has ended. What is read once leaves the L2 cache first, and to what is
+  // read again.
+  template <bool kOnce = false>
   __device__ Vec<T> load(int i) const {
     const int64_t at = offset(i);
-    return at < p.bytes ? load_whole_vec(reinterpret_cast<const T*>(p.w + at)) : Vec<T>{};
+    return at < p.bytes ? load_whole_vec<kOnce>(reinterpret_cast<const T*>(p.w + at)) : Vec<T>{};
   }
 
   template <Fp8Type kType, bool kPlain>
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) quantize_whole_kernel(const __
   }
   Vec<T> held[S::kHeld];
 #pragma unroll
-  for (int i = 0; i < S::kHeld; ++i) held[i] = chunks.load(chunks.kept + chunks.streamed + i);
+  for (int i = 0; i < S::kHeld; ++i) held[i] = chunks.template load<true>(chunks.kept + chunks.streamed + i);
 
   // Take the amax of the block.
   __syncthreads();  // the barriers are made

@@ -20,8 +20,9 @@ from torch import nn
 from .buffers import compute_buffers, keep_precision
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.amax import read_amax
-from .errors import CheckpointError, LoadError
+from .errors import CheckpointError, ConflictingShardError, LoadError
 from .loading import LayerwiseLoader
+from .loading.compare import are_equal
 from .loading.plan import Plan, listed, make_plan
 from .loading.report import Report
 from .loading.rules import Rules
@@ -29,7 +30,7 @@ from .modules import can_run, make_runnable
 from .names import Names, turned_experts
 from .ops import FP8_DTYPES
 from .schemes import PerTensor, Scheme, as_scheme
-from .stored import SCALE_SUFFIXES, expect_fp8, stored_schemes
+from .stored import SCALE_SUFFIXES, check_dtype, expect_fp8, stored_schemes
 from .wire import SpanLoad, suits
 
 
@@ -208,6 +209,8 @@ def copy_all(loader, tensors, names, stored=None, total=0, progress=None, reuses
         else:
             with torch.no_grad():
                 target = destination.of(targets[destination.name])
+                if scale is None:
+                    check_dtype(name, tensor.dtype, target.dtype)
                 if scale is not None:
                     # There dequantizing, where it has to be, is fast, and the way there is a byte an element.
                     tensor, scale = tensor.to(loader.device), scale.to(loader.device)
@@ -233,8 +236,10 @@ def _with_scales(tensors, names, reuses_memory):
     for name, tensor in tensors:
         base = next((name.removesuffix(s) for s in SCALE_SUFFIXES if name.endswith(s)), None)
         if base is not None and names.find(name) is None and names.find(base) is not None:
+            _check_same(name, scales.get(base, (name, tensor))[1], tensor)
             scales[base] = name, tensor.clone() if reuses_memory and base not in codes else tensor
         elif tensor.dtype in FP8_DTYPES and all(names.find(name + s) is None for s in SCALE_SUFFIXES):
+            _check_same(name, codes.get(name, tensor), tensor)
             base, codes[name] = name, tensor.clone() if reuses_memory and name not in scales else tensor
         else:
             yield name, tensor, None
@@ -243,6 +248,14 @@ def _with_scales(tensors, names, reuses_memory):
             yield base, codes.pop(base), scales.pop(base)[1]
     for name, tensor in [*codes.items(), *scales.values()]:
         yield name, tensor, None
+
+
+def _check_same(name, held, tensor):
+    """What waits for its partner may arrive again, but only as it was."""
+    if held is not tensor and not (
+        (held.shape, held.dtype) == (tensor.shape, tensor.dtype) and are_equal(held, tensor)
+    ):
+        raise ConflictingShardError(f"`{name}` arrived twice with different values, before its codes or its scale")
 
 
 def _is_turned(tensor, target):

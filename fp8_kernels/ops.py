@@ -306,7 +306,7 @@ def _is_direct(w, scheme, out):
         and w.ndim in (2, 3)
         and scheme.scale_dtype is torch.float32
         and scheme.numerics == "exact"
-        and (out is None or getattr(out[1], "dtype", None) is torch.float32)
+        and (out is None or (len(out) == 2 and getattr(out[1], "dtype", None) is torch.float32))
         and not torch.compiler.is_compiling()
     )
 
@@ -343,6 +343,8 @@ def _check_quantize(w, scheme, dtype, out, amax, name="w", out_name="out"):
     shape = scheme.scale_shape(w.shape)
     if out is None:
         _check_dtype("dtype", dtype, FP8_DTYPES)
+    elif not isinstance(out, Sequence) or len(out) != 2:
+        raise TypeError(f"`{out_name}` must be a pair of tensors, (q, scale), got {type(out).__name__}")
     else:
         _check_tensor(f"{out_name}[0]", out[0], w.shape, FP8_DTYPES, w.device)
         dtype = out[0].dtype

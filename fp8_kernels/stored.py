@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
 from .checkpoint.formats import FORMATS, module_of
-from .errors import CheckpointError, UnsupportedLayoutError
+from .errors import CheckpointError, LoadError, UnsupportedLayoutError
 from .modules import Fp8Experts, Fp8Linear, can_run
 from .names import Names
 from .ops import FP8_DTYPES
@@ -42,13 +43,22 @@ def expect_fp8(model, checkpoint, schemes, activation):
         setattr(model.get_submodule(parent), child, replacement.train(module.training))
 
 
+def check_dtype(name: str, dtype: torch.dtype, into: torch.dtype):
+    """Raise LoadError for values that mean nothing alone: integers, or FP8 codes, for a floating-point tensor."""
+    if into.is_floating_point and not dtype.is_floating_point:
+        raise LoadError(f"`{name}` must be loaded from floating-point data, got {dtype}")
+    if into.is_floating_point and into not in FP8_DTYPES and dtype in FP8_DTYPES:
+        raise LoadError(f"`{name}` must be loaded from high precision, got {dtype} without its scale")
+
+
 def _stored_scheme(checkpoint, name, info):
     """What one stored scale covers."""
     metadata = checkpoint.metadata()
-    scales = [name + suffix for suffix in SCALE_SUFFIXES]
-    scale = next((metadata[s] for s in scales if s in metadata), None)
-    if scale is None:
-        raise CheckpointError(f"{checkpoint.folder}: FP8 weight `{name}` has no scale `{scales[0]}` beside it")
+    scales = [name + suffix for suffix in SCALE_SUFFIXES if name + suffix in metadata]
+    if len(scales) != 1:
+        what = f"scales `{scales[0]}` and `{scales[1]}`" if scales else f"no scale `{name + SCALE_SUFFIXES[0]}`"
+        raise CheckpointError(f"{checkpoint.folder}: FP8 weight `{name}` has {what} beside it")
+    scale = metadata[scales[0]]
     if scale.shape in ((), (1,), info.shape[:-2]):
         return PerTensor()
     if scale.shape == (*info.shape[:-1], 1):

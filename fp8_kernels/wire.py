@@ -20,6 +20,7 @@ from .loading.rules import Rules
 from .loading.staging import Tracked
 from .loading.transfer import RING_BYTES, Memory, Options, Span, Transfer
 from .names import Destination, Names
+from .stored import check_dtype
 
 WAYS = ("auto", "spans", "mapped")
 _EARLY_BYTES = 16 << 20
@@ -216,12 +217,12 @@ class _Places:
         if destination is None and not self._names.may_be_dropped(name):
             self._unexpected.append(name)
         elif destination is not None:
-            self._check_shape(name, self._infos[name].shape, destination)
+            self._check(name, self._infos[name], destination.of(self._tensors[destination.name]))
         self._found[name] = destination
         return destination
 
-    def _check_shape(self, name, shape, destination):
-        expected = tuple(destination.of(self._tensors[destination.name]).shape)
-        is_scale = "weight_scale" in name and all(size == 1 for size in shape)  # one for all, stored as [1]
-        if shape != expected and not is_scale:
-            raise LoadError(f"`{name}` must have shape {expected}, got {shape}")
+    def _check(self, name, info, target):
+        check_dtype(name, info.dtype, target.dtype)
+        is_scale = "weight_scale" in name and all(size == 1 for size in info.shape)  # one for all, stored as [1]
+        if info.shape != tuple(target.shape) and not is_scale:
+            raise LoadError(f"`{name}` must have shape {tuple(target.shape)}, got {info.shape}")

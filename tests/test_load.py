@@ -415,3 +415,59 @@ def test_a_sidecar_of_nan_names_the_weight_that_holds_it(tmp_path):
         model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 3, bias=False))
     with pytest.raises(NonFiniteWeightError, match="1 weights hold NaN or Inf: 1.weight"):
         load_checkpoint(model, folder, "per_tensor", device="cpu")
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 64, dtype=torch.bfloat16)
+        self.fc = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
+        self.norm = nn.LayerNorm(64, bias=False, dtype=torch.bfloat16)
+
+    @classmethod
+    def tensors(cls):
+        return {name: torch.randn_like(p) for name, p in cls().named_parameters()}
+
+
+@pytest.mark.parametrize("way", ["iterable", "mapped", "spans"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "match"),
+    [
+        ("fc.weight", torch.int8, "floating-point data, got torch.int8"),
+        ("embed.weight", torch.int8, "floating-point data, got torch.int8"),
+        ("norm.weight", torch.bool, "floating-point data, got torch.bool"),
+        ("embed.weight", torch.float8_e4m3fn, "got torch.float8_e4m3fn without its scale|has no scale"),
+        ("fc.weight_scale", torch.uint8, "floating-point data, got torch.uint8"),
+    ],
+)
+def test_values_that_mean_nothing_alone_are_refused(way, name, dtype, match, tmp_path):
+    """Integers for a weight, also one that stays in high precision, and for scales; codes without their scale."""
+    tensors = Small.tensors()
+    if name == "fc.weight_scale":
+        tensors["fc.weight"] = tensors["fc.weight"].to(torch.float8_e4m3fn)
+    tensors[name] = torch.ones(tensors[name].shape if name in tensors else (48, 1), dtype=dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    if way == "iterable" and name == "fc.weight_scale":
+        match = "scales for `fc.weight` must be floating-point numbers, got torch.uint8"
+    with torch.device("meta"):
+        model = Small()
+    with pytest.raises((LoadError, CheckpointError), match=match):
+        if way == "iterable":
+            load_checkpoint(model, tensors.items(), device="cpu")
+        else:
+            load_checkpoint(model, tmp_path, device="cpu", transfer=way)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_two_scales_of_one_weight_are_refused(tmp_path):
+    """Which one counts, nobody can know; the last that arrived did."""
+    tensors = Small.tensors()
+    tensors["fc.weight"] = tensors["fc.weight"].to(torch.float8_e4m3fn)
+    tensors |= {"fc.weight_scale": torch.ones(48, 1), "fc.weight_scale_inv": torch.ones(48, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with torch.device("meta"):
+        model = Small()
+    with pytest.raises(CheckpointError, match="`fc.weight` has scales `fc.weight_scale` and `fc.weight_scale_inv`"):
+        load_checkpoint(model, tmp_path, device="cpu")

@@ -210,6 +210,8 @@ BAD_CALLS = {
     "unknown scheme": (lambda w: fk.quantize(w, "per_row"), ValueError, "per_channel"),
     "fp8 dtype": (lambda w: fk.quantize(w, dtype=torch.int8), TypeError, "`dtype` must be one of float8_e4m3fn"),
     "amax shape": (lambda w: fk.quantize(w, amax=torch.ones(3)), ValueError, r"`amax` must have shape \(4, 1\)"),
+    "one output": (lambda w: fk.quantize(w, out=(w,)), TypeError, r"`out` must be a pair of tensors, \(q, scale\)"),
+    "no outputs": (lambda w: fk.quantize(w, out=w), TypeError, "`out` must be a pair of tensors.*got Tensor"),
     "q dtype": (lambda w: fk.quantize(w, out=(w, w)), TypeError, r"`out\[0\]` must be one of float8"),
     "scale shape": (
         lambda w: fk.quantize(w, out=(w.to(torch.float8_e4m3fn), torch.ones(4))),

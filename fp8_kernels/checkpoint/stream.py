@@ -231,7 +231,8 @@ class QuantizedWeights:
         key = (tuple(members), scheme)
         waiting = self._families.setdefault(key, {})
         # The source may reuse the memory of what it gave, so what has to wait is copied.
-        waiting[name] = self._placed(tensor) if len(waiting) + 1 == len(members) else self._placed(tensor, copy=True)
+        completes = name not in waiting and len(waiting) + 1 == len(members)
+        waiting[name] = self._placed(tensor, copy=not completes)
         self._count_held()
         if len(waiting) == len(members):
             yield from self._leave(key)

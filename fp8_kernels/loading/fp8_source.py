@@ -7,6 +7,7 @@ import torch
 from ..errors import LoadError, NonFiniteWeightError
 from ..ops import FP8_DTYPES, dequantize
 from ..schemes import SCALE_DTYPES, WHOLE, PerBlock, PerTensor, Scheme, as_scheme
+from .copy_counter import BelowModes
 from .origin import scheme_of
 from .writes import Writes
 
@@ -22,15 +23,20 @@ def copy_codes(writes: Writes, t, q, scale, scheme: str | Scheme | None):
     scale = usable(scale)
     if scale.dtype not in SCALE_DTYPES:
         raise LoadError(f"scales for {name} must be floating-point numbers, got {scale.dtype}")
-    if scale.numel() == 1:
-        scale = scale.reshape(())
-    scheme = as_scheme(scheme) if scheme is not None else stored_scheme(q, scale, name)
+    if scheme is not None:
+        scheme = as_scheme(scheme)
+    if scale.numel() == 1:  # it covers all, whatever else it would
+        scale, scheme = scale.reshape(()), None
+    if scheme is None:
+        scheme = stored_scheme(q, scale, name)
     if not _fits(q, scale, scheme):
         raise LoadError(f"scales for {name} must be of shape {scheme.scale_shape(q.shape)}, got {tuple(scale.shape)}")
     if holds_nan(q):
         raise NonFiniteWeightError(f"{name}: its codes hold NaN or Inf")
     with torch.no_grad():
-        if not writes.take_codes(t, q, scale, scheme):
+        with BelowModes():  # the codes of a model that is reloaded are nothing that its engine may write
+            taken = writes.take_codes(t, q, scale, scheme)
+        if not taken:
             _copy_dequantized(t, q, scale, scheme)
 
 

@@ -181,7 +181,7 @@ class LayerwiseLoader:
             raise
 
     def _start(self):
-        schemes = sorted({scheme_name(e.scheme) for e in self.plan.quantized})
+        schemes = sorted({scheme_name(scheme) for scheme in {e.scheme for e in self.plan.quantized}})
         self.report = Report(scheme=", ".join(schemes), device=str(self.device), rebuild=list(self.plan.rebuild))
         sources = Prefetch(self.device) if self.device.type == "cuda" else None
         staging = Staging(self.device, self.plan.largest_unit, self._staging_budget, sources)

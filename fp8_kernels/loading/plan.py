@@ -18,7 +18,7 @@ from .forecast import Decision, Forecast
 from .rules import Rules, as_patterns, matches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """Where a tensor is registered: `module._parameters[leaf]`, or `_buffers`."""
 

@@ -27,6 +27,7 @@ KEPT_BY_DEFAULT = {
     "convolution": r"(^|[._])(conv\d?d?|patch_embed)([._]|$)",
 }
 _KEPT = {role: re.compile(pattern, re.IGNORECASE) for role, pattern in KEPT_BY_DEFAULT.items()}
+_ANY_KEPT = re.compile("|".join(f"({pattern})" for pattern in KEPT_BY_DEFAULT.values()), re.IGNORECASE)
 _EXPERTS = re.compile(r"(^|[._])(experts|moe|w13|w2|w1|w3)([._]|$)|(gate_up_proj|down_proj|up_proj|gate_proj)$")
 _LEAVES = re.compile(r"(^|[._])(weight|w13|w2|w1|w3|gate_up_proj|down_proj|up_proj|gate_proj)$")
 HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
@@ -131,4 +132,6 @@ def _kept_by_default(name, shape, module):
         return "not a weight"
     elif len(shape) == 3 and not _EXPERTS.search(name):
         return "3-D, but not experts"
-    return next((role for role, pattern in _KEPT.items() if pattern.search(name)), None)
+    if not _ANY_KEPT.search(name):
+        return None
+    return next(role for role, pattern in _KEPT.items() if pattern.search(name))

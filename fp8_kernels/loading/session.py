@@ -214,7 +214,7 @@ class Session:
             return None
         self.writes.assign(tracked, tracked.handle, value)
         place = next(p for p in tracked.places if p.module is module and p.leaf == leaf)
-        return place.registry.get(leaf, tracked.entry.tensors[0])
+        return tracked.object_at[place]  # not what is there now, which may be a copy of it, or tied to another
 
     def _tensor_is_final(self, tracked: Tracked):
         if self._hooks.on_module is None:
@@ -328,11 +328,18 @@ class Session:
 
     def _follow_replaced(self):
         """Find by identity what no op tells of: tensors that were tied, replaced or exchanged meanwhile."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for tracked in self.tracked:
             for place in list(tracked.places):
                 current = place.registry.get(place.leaf)
                 if tracked.installed:
                     continue
+                owner = modules.get(place.name.rpartition(".")[0])
+                if owner not in (None, place.module) and hasattr(owner, place.leaf):
+                    raise LoadError(
+                        f"`{place.name}` is that of another module now, which nothing was loaded into: replace modules "
+                        "before the context, in `on_module` or in `on_finish`"
+                    )
                 if current is None:
                     raise LoadError(f"`{place.name}` was removed from its module while it was loaded")
                 owner = self.writes.owner(current)

@@ -138,8 +138,9 @@ class Writes:
 
     def owner(self, t: torch.Tensor) -> Tracked | None:
         """What the storage of `t` is tracked as."""
-        target = self.find(t, written=False)
-        return target and target.tracked
+        if t.layout is not torch.strided:
+            return None
+        return self._by_storage.get(t.untyped_storage()._cdata, (None,))[0]
 
     def take(self, t: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
         """`t.copy_(source)` in the usual case, see `Arrivals`. Returns False, and has done nothing, in every other."""

@@ -145,6 +145,15 @@ def test_source_may_reuse_its_memory(scheme):
     equal_bits(dict(fk.quantize_weights(reusing(), scheme)), dict(fk.quantize_weights(state.items(), scheme)))
 
 
+def test_a_member_that_comes_again_is_copied_too():
+    """It does not complete its family, though only one other is missing: what waits must not lie in the source."""
+    q, k, v = (torch.randn(7, 33).bfloat16() for _ in range(3))
+    given = [("q_proj.weight", q), ("k_proj.weight", k), ("q_proj.weight", q), ("v_proj.weight", v)]
+    buffer = torch.empty(7, 33, dtype=torch.bfloat16)
+    found = dict(fk.quantize_weights(((name, buffer.copy_(t)) for name, t in given), "per_tensor"))
+    equal_bits(found, dict(fk.quantize_weights(dict(given), "per_tensor")))
+
+
 def test_held_memory_is_one_family():
     """With per_tensor scales at most a family's weights are held, in the order of a checkpoint; else one weight."""
     state = tiny.tensors(num_layers=3)

@@ -94,6 +94,21 @@ def test_a_cast_model_cannot_be_written(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("first", ["to cpu", "data = clone", "tied"])
+def test_what_takes_the_place_of_a_copy_counts(first):
+    """`assign=True` after the copy, or after a tie to another weight: the weight's own tensor is there again."""
+    model, w, b = Model(a=(6, 36), b=(6, 36)), values(6, 36), values(6, 36)
+    with LayerwiseLoader(model, "per_channel", device="cpu"):
+        if first == "tied":
+            model.b.weight = model.a.weight
+        else:
+            ECHOES[first](model)
+        model.load_state_dict({"a.weight": w, "b.weight": b}, assign=True)
+    assert_quantized(model, "a.weight", w)
+    assert_quantized(model, "b.weight", b)
+
+
+@torch.no_grad()
 def test_a_copy_that_was_changed_is_a_write():
     model, w = Model(a=(6, 36)), values(6, 36)
 

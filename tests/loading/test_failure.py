@@ -160,6 +160,24 @@ def test_whether_a_gradient_is_needed_comes_back_too(written):
     assert all(p.requires_grad and p.is_meta and p.is_leaf for p in model.parameters())
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_module_that_is_replaced_while_it_loads(ignored):
+    """What arrived is in the old one: the model would serve the new one, in high precision or with any values."""
+    model, w = Model(a=(6, 36), b=(6, 36)), values(6, 36)
+    with pytest.raises(LoadError, match="`a.weight` is that of another module now"):
+        with LayerwiseLoader(model, device="cpu", ignore=["a"] if ignored else []):
+            model.a.weight.data.copy_(w)
+            model.b.weight.data.copy_(w)
+            model.a = Model(device="cpu", a=(6, 36)).a
+    kept = Model(a=(6, 36), b=(6, 36))
+    with LayerwiseLoader(kept, device="cpu"):  # around the same module, or none at all in its place
+        kept.a.weight.data.copy_(w)
+        kept.b.weight.data.copy_(w)
+        kept.a, module = torch.nn.Sequential(kept.a), kept.b
+        del kept.b
+    assert kept.a[0].weight.dtype == module.weight.dtype == torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize("hook", ["on_unit", "on_module", "progress"])
 def test_a_hook_that_fails_is_not_forgotten(hook):
     """It is called once, so a load in which the engine swallowed its error has not done what it says."""

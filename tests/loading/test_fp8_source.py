@@ -147,6 +147,38 @@ def test_one_scale_for_all_that_arrives_twice(into, waits):
     assert not loader.report.rewrites
 
 
+@pytest.mark.parametrize("into", SCHEMES)
+@pytest.mark.parametrize("source", SCHEMES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (96, 32), (1, 96, 32)])
+def test_weights_that_one_scale_covers(source, into, shape):
+    """Smaller than a block or a group, or one row: what one scale covers is told, and any other granularity follows."""
+    w = torch.randn(shape).bfloat16()
+    q, scale = fk.quantize(w, source)
+    model = Model(experts=shape) if len(shape) == 3 else Model(fc=shape)
+    (name,) = model.state_dict()
+    with LayerwiseLoader(model, into, device="cpu") as loader:
+        loader.copy_codes(model.get_parameter(name), q, scale, source)
+    held = fk.dequantize(model.get_parameter(name), model.get_parameter(f"{name}_scale"), torch.float32, into)
+    exact = fk.dequantize(q, scale, torch.float32, source)
+    again = fk.dequantize(*fk.quantize(exact, into), torch.float32, into)
+    assert torch.equal(held, exact) or torch.equal(held, again)
+
+
+@pytest.mark.parametrize("mode", ["transactional", "streaming"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_reload_with_codes(scheme, mode):
+    """They go where those of the first load are, whether that memory serves meanwhile or not."""
+    model, w = Model(fc=(128, 384)), values(128, 384)
+    load(model, lambda params: params["fc.weight"].data.copy_(w), scheme)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    q, scale = fk.quantize(w * 3, scheme)
+    with LayerwiseLoader(model, device="cpu", reload=mode) as loader:
+        for _ in range(2):
+            loader.copy_codes(model.fc.weight, q, scale, scheme)
+    _assert_codes(model.fc, q, scale)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
 def test_what_is_refused():
     """Other shapes, scales that fit nothing, NaN, and another value for what arrived before."""
     q, scale = fk.quantize(values(6, 36), "per_channel")
@@ -214,3 +246,23 @@ def test_load_checkpoint_copies_what_waits_for_its_partner(scale_first):
 
     fk.load_checkpoint(model, tensors(), device="cpu")
     _assert_codes(model[0], q, scale)
+
+
+@pytest.mark.parametrize("again", ["0.weight", "0.weight_scale"])
+def test_load_checkpoint_compares_what_arrives_twice_before_its_partner(again):
+    """The same once more is dropped; another value is refused, where the last one silently won."""
+    q, scale = fk.quantize(values(384, 256))
+    pair = {"0.weight": q, "0.weight_scale": scale}
+    other = {"0.weight": (-q.float()).to(q.dtype), "0.weight_scale": scale * 2}
+    partner = next(name for name in pair if name != again)
+    for second, error in ((pair[again].clone(), None), (other[again], ConflictingShardError)):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(256, 384, bias=False, dtype=torch.bfloat16))
+        tensors = [(again, pair[again]), (again, second), (partner, pair[partner])]
+        if error is None:
+            fk.load_checkpoint(model, tensors, device="cpu")
+            _assert_codes(model[0], q, scale)
+        else:
+            with pytest.raises(error, match=f"`{again}` arrived twice"):
+                fk.load_checkpoint(model, tensors, device="cpu")
+            assert model[0].weight.is_meta
