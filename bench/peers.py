@@ -416,10 +416,14 @@ def _torchao():
         _refuse_large(w)
         return lambda: blocks.triton_fp8_blockwise_weight_quant_rhs(w, 128)
 
+    def bind_groups(w):
+        _refuse_large(w)
+        return lambda: blocks.triton_fp8_blockwise_act_quant_lhs(w, 128)
+
     return {
         "per_channel": {"torchao": _as_rows(bind_row)},
         "per_block": {"torchao": _as_rows(bind_blocks)},
-        "per_group": {"torchao": _as_rows(lambda w: lambda: blocks.triton_fp8_blockwise_act_quant_lhs(w, 128))},
+        "per_group": {"torchao": _as_rows(bind_groups)},
     }
 
 

@@ -72,14 +72,13 @@ class Staging:
         """An uninitialised buffer; give it back with `release`."""
         buffer = self.spare(shape, dtype)
         if buffer is None:
-            self._move_away(shape, dtype)
+            self._make_room(shape, dtype)
             buffer = self._arena.take(shape, dtype)
         while buffer is None:
             unit = next((unit for unit in self._open if unit not in self.in_use), None)
             if unit is None:
                 return self._arena.take(shape, dtype, beyond_limit=True)
-            self.spilled_bytes += unit.spill(self._host)
-            self.spills += 1
+            self._spill(unit)
             buffer = self._arena.take(shape, dtype)
         return buffer
 
@@ -87,22 +86,26 @@ class Staging:
         """A buffer out of memory that it has already; None where it has no room there."""
         return self._arena.take(shape, dtype, may_grow=False)
 
-    def _move_away(self, shape, dtype):
-        """Empty a slab for such a buffer, where what was written of the units that wait there takes less than it.
+    def _spill(self, unit):
+        self.spilled_bytes += unit.spill(self._host)
+        self.spills += 1
+
+    def _make_room(self, shape, dtype):
+        """Empty a slab for such a buffer, where of the units that wait there less was written than it takes.
 
         With a unit whose file ended in the middle, all that does not fit beside it would else need another slab as
-        large. What moved cannot wait on the host any more, so that less than half of the budget may go that way; and
-        units that take turns are not moved to and fro.
+        large. Not for a unit of the same size, and each unit once: those that take turns would go to and fro.
         """
+        if self._arena.reserved >= self.budget // 2:
+            return
         wanted = _aligned(math.prod(shape) * dtype.itemsize)
-        for slab, bytes_out in self._arena.large_enough(shape, dtype):
+        for slab, bytes_out in self._arena.large_enough(wanted):
             units = [u for u in self._open if u not in self.in_use and u not in self._moved and slab.holds(u.buffer)]
             if bytes_out in (0, wanted) or bytes_out != sum(_aligned(unit.buffer.nbytes) for unit in units):
                 continue
-            written = sum(_aligned(unit.bytes_of(box)) for unit in units for box in unit.staged())
-            if written < wanted and self._arena.reserved + written < self.budget // 2:
+            if sum(unit.bytes_of(box) for unit in units for box in unit.staged()) < wanted:
                 for unit in units:
-                    unit.spill(self._arena, without=slab)
+                    self._spill(unit)
                 self._moved.update(units)
                 return
 
@@ -123,10 +126,10 @@ class Staging:
         self._open.pop(unit, None)
 
     def restore(self, unit: Unit, buffer: torch.Tensor):
-        """Bring back what of the unit waits on the host, or in a slab of less than all of it."""
+        """Bring back what of the unit waits on the host."""
         for (row0, row1, col0, col1), waiting in unit.spilled:
             buffer[row0:row1, col0:col1].copy_(waiting, non_blocking=True)
-            (self._arena if self._arena.owns(waiting) else self._host).give(waiting)
+            self._host.give(waiting)
         unit.spilled = None
 
     def close(self):
@@ -186,20 +189,12 @@ class Arena:
         self._last: torch.Tensor | None = None  # given back last: the next one is often like it
         self._out: dict[int, tuple[_Slab | None, int, int, int]] = {}  # address -> slab, start, end, bytes
 
-    def take(
-        self,
-        shape,
-        dtype: torch.dtype,
-        beyond_limit: bool = False,
-        may_grow: bool = True,
-        without: _Slab | None = None,
-    ) -> torch.Tensor | None:
+    def take(self, shape, dtype: torch.dtype, beyond_limit: bool = False, may_grow: bool = True) -> torch.Tensor | None:
         """An uninitialised contiguous buffer; None if the limit leaves no room.
 
         Args:
             may_grow: allocate another slab where those that there are have no room.
             beyond_limit: allocate one apart where the limit leaves no room.
-            without: a slab not to take it from; another one that is allocated for that is no larger than it must be.
         """
         last = self._last
         if last is not None:
@@ -213,11 +208,11 @@ class Arena:
         if not nbytes:
             return torch.empty(shape, dtype=dtype, device=self.device)
         for slab in self._slabs:
-            start = slab.take(size) if slab is not without else None
+            start = slab.take(size)
             if start is not None:
                 break
         else:
-            slab, start = self._grow(size, without is not None) if may_grow else None, 0
+            slab, start = self._grow(size) if may_grow else None, 0
             if slab is None and not beyond_limit:
                 return None
         if slab is None:
@@ -232,10 +227,9 @@ class Arena:
         self._count(nbytes)
         return buffer
 
-    def large_enough(self, shape, dtype: torch.dtype) -> list[tuple[_Slab, int]]:
-        """The slabs that could hold such a buffer if they were empty, and the bytes that are out of each."""
-        size = _aligned(math.prod(shape) * dtype.itemsize)
-        return [(slab, slab.size - slab.num_free) for slab in self._slabs if slab.size >= size]
+    def large_enough(self, num_bytes: int) -> list[tuple[_Slab, int]]:
+        """The slabs that could hold that many bytes if they were empty, and what is out of each."""
+        return [(slab, slab.size - slab.num_free) for slab in self._slabs if slab.size >= num_bytes]
 
     def has_room(self, shape, dtype: torch.dtype) -> bool:
         """Is there a buffer without a new slab?"""
@@ -248,10 +242,6 @@ class Arena:
                 if end - start >= size:
                     return True
         return False
-
-    def owns(self, buffer: torch.Tensor) -> bool:
-        """Is it a buffer of this arena's?"""
-        return buffer.data_ptr() in self._out
 
     def give(self, buffer: torch.Tensor):
         """Take a buffer back; what is enqueued on it comes before whatever uses its memory next."""
@@ -273,10 +263,10 @@ class Arena:
         if slab is not None:
             slab.give(start, end)
 
-    def _grow(self, size, no_larger=False):
+    def _grow(self, size):
         """A new slab with a buffer of that size taken from its start."""
         room = math.inf if self.limit is None else self.limit - self.reserved
-        wanted = size if no_larger else max(size, min(max(self.first, self.reserved), room))
+        wanted = max(size, min(max(self.first, self.reserved), room))
         if wanted > room:
             return None
         self.reserved += wanted

@@ -88,7 +88,7 @@ class Unit:
         streamed: what of it is quantized already, in whole groups; None if nothing is.
         shards: what of it threads hold open.
         maximum: fp32, of all that was written, where that is known.
-        spilled: what waits on the host, or packed in device memory, as (rectangle, data), instead of in a buffer.
+        spilled: what waits on the host, as (rectangle, data), instead of in a buffer.
     """
 
     def __init__(self, tracked: Tracked, number: int, staging: Staging):
@@ -175,12 +175,12 @@ class Unit:
         """Of a rectangle of the buffer."""
         return (box[1] - box[0]) * (box[3] - box[2]) * self.buffer.element_size()
 
-    def spill(self, to: Arena, without=None) -> int:
-        """Move what was written and is not quantized to the host, or to where it takes no more; returns its bytes."""
+    def spill(self, host: Arena) -> int:
+        """Move what was written and is not quantized to the host; returns its bytes."""
         self.spilled, spilled = [], 0
         for box in self.staged():
             row0, row1, col0, col1 = box
-            waiting = to.take((row1 - row0, col1 - col0), self.buffer.dtype, without=without)
+            waiting = host.take((row1 - row0, col1 - col0), self.buffer.dtype)
             waiting.copy_(self.buffer[row0:row1, col0:col1], non_blocking=True)
             self.spilled.append((box, waiting))
             spilled += waiting.nbytes
