@@ -200,6 +200,8 @@ class LayerwiseLoader:
         self._session.start()
 
     def __exit__(self, kind, error, traceback):
+        if self._session is None:
+            raise RuntimeError("this loader's context is not entered, or was left already")
         try:
             self._session.stop()
             with collector_paused():

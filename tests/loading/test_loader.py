@@ -432,6 +432,8 @@ def test_the_context_is_entered_once_at_a_time():
             loader.__enter__()
         model.fc.weight.data.copy_(w)
     assert_quantized(model, "fc.weight", w)
+    with pytest.raises(RuntimeError, match="is not entered, or was left already"):
+        loader.__exit__(None, None, None)
     with pytest.raises((ValueError, LoadError)):
         with loader:
             model.fc.weight.data.copy_(w)
