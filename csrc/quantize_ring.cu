@@ -8,7 +8,10 @@
 //   the loader (one thread)  keeps the ring full;
 //   the amax team            takes the amax of each tile as it arrives, and posts that of the part;
 //   the scale warp           waits until all parts of the group are posted, and makes the scale;
-//   the cast teams           cast the part's tiles out of the ring, and free their slots.
+//   the cast teams           cast the part's tiles out of the ring.
+//
+// Where parts are kept whole, cast teams take a part's first tiles into registers before its amax is known, so a slot
+// is free when both the amax team and a cast team have read it.
 //
 // Groups overlap: while one waits for its last post, the next are loading.
 //
@@ -222,24 +225,21 @@ __device__ void find_amaxes(const RingParams& p, Shared& shared, int lane, F&& p
   for (int64_t index = blockIdx.x; index < p.num_parts; index += gridDim.x, ++count) {
     const Part part = locate(p, index);
     uint32_t acc = 0;
-    const auto take = [&](int i, Place& place) {
+    const auto take = [&](int i, Place& place, bool leave) {
       shared.full[place.slot()].wait(place.round);
       const int64_t bytes_left = part.weight->group_bytes - part.tile(i) * kTileBytes;
       const TileVecs<T> tile(shared.tiles[place.slot()], bytes_left, lane);
 #pragma unroll
       for (int j = 0; j < TileVecs<T>::kPerThread; ++j) acc = tile.vecs[j].max_abs(acc);
+      if (leave) {
+        __syncwarp();
+        if (lane % 32 == 0) shared.empty[place.slot()].arrive();
+      }
+      place.advance(1);
     };
     for (int i = 0; i < part.tiles; ++i) {
       if (count == 0 && i == min(part.tiles, kTilesBeforeBarrier) - 1) pass_barrier();
-      if (i < part.kept) {
-        take(i, places.kept);
-        places.kept.advance(1);
-      } else {
-        take(i, places.passing);
-        __syncwarp();
-        if (lane % 32 == 0) shared.empty[places.passing.slot()].arrive();
-        places.passing.advance(1);
-      }
+      i < part.kept ? take(i, places.kept, !p.is_large) : take(i, places.passing, true);
     }
     acc = __reduce_max_sync(0xffffffff, Elements<T>::amax_bits(acc));
     if (lane % 32 == 0) shared.warp_amax[count % 2][lane / 32] = acc;
@@ -275,7 +275,7 @@ __device__ void make_scales(const RingParams& p, Shared& shared, int lane) {
   }
 }
 
-// Take a tile into registers, and free its slot.
+// Take a tile into registers, and leave its slot.
 template <typename T>
 __device__ TileVecs<T> take_tile(const Part& part, Shared& shared, const Place& place, int i, int lane) {
   shared.full[place.slot()].wait(place.round);
@@ -309,7 +309,9 @@ __device__ void dispatch_cast(Fp8Type type, bool plain, F&& f) {
 }
 
 // How many tiles from a place on until one is the team's.
-__device__ int skipped(const Place& place, int team) { return (team + kCastTeams - place.offset % kCastTeams) % kCastTeams; }
+__device__ int skipped(const Place& place, int team) {
+  return (team + kCastTeams - place.offset % kCastTeams) % kCastTeams;
+}
 
 // Cast the tiles that are the team's, of parts that are kept whole. The first one of each waits for the scale in
 // registers: two more slots to load into.
@@ -392,7 +394,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) quantize_ring_kernel(const __g
   if (threadIdx.x == kLoaderThread) {
     for (int i = 0; i < kSlots; ++i) {
       shared.full[i].init(1);
-      shared.empty[i].init(kTeamWarps);
+      shared.empty[i].init(p.is_large ? kTeamWarps : 2 * kTeamWarps);  // one team's, or two teams' warps
     }
     for (int i = 0; i < kScales; ++i) {
       shared.posted[i].init(1);
