@@ -2,8 +2,8 @@
 // fp8_kernels/loading/prefetch.py calls this through ctypes.
 //
 // Threads read what was asked for, and beyond it as long as the asking goes on in the file's order, into a ring of
-// page-locked slots; the caller enqueues the copies out of them on its own stream, of neighbouring slots as one. A guess that was wrong is forgotten:
-// bytes are used only where the position that was asked for is the one that was read.
+// page-locked slots; the caller enqueues the copies out of them on its own stream, of neighbouring slots as one. A guess
+// that was wrong is forgotten: bytes are used only where the position that was asked for is the one that was read.
 #include <fcntl.h>
 #include <sys/stat.h>
 
@@ -146,7 +146,6 @@ class Ahead {
         return -1000 - error;
       }
       offset += count, to += count, bytes -= count;
-      if (whole > 0) close_batch();
       for (int64_t i = 0; i < whole; ++i) drop_front();
       extend();
     }
@@ -220,13 +219,13 @@ class Ahead {
   }
 
   void drop_front() {
+    close_batch();
     pieces_.pop_front();
     ++first_;
     next_to_read_ = std::max(next_to_read_, first_);
   }
 
   void forget() {
-    close_batch();
     while (!pieces_.empty()) drop_front();
     fd_ = kMemory, ahead_ = 0;
   }
@@ -237,8 +236,8 @@ class Ahead {
     read_.wait(lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.reading; }); });
   }
 
-  // A batch is copies up to one that uses a piece up, and the event after the last of them. Only then may its slots be
-  // read into again, once the event has come; a later copy out of them is of a later batch.
+  // A batch is the copies up to where a piece is given up, used up or not, and the event after the last of them. It is
+  // closed before another thread may read into the piece's slot: that thread waits for the event, and could wait for ever.
   void close_batch() {
     if (batch_is_open_) ++batches_closed_;
     batch_is_open_ = false;
