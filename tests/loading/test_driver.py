@@ -93,7 +93,7 @@ def walk(fake, folder, case):
             sources._readers[kind] = prefetch.library().fp8_ahead_create(slot_bytes, slots, 4, 1)
         if case == "loop_refused":
             fake.fail_after(fake.copies() + random.randrange(5, 20))
-        arrived = {}
+        arrived, refused = {}, None
         with safe_open(folder / "a.safetensors", "pt") as f:
             names = sorted(tensors)
             for i, name in enumerate(names + names[20:40]):
@@ -103,11 +103,11 @@ def walk(fake, folder, case):
                     sources.bring(arrived[name], source)
                 except RuntimeError as error:
                     assert case == "loop_refused" and "error 700" in str(error)
-                    del arrived[name]
+                    refused = arrived.pop(name)  # alive until what was copied of it before is there
                     break
         sources.close()
         assert all(torch.equal(t, tensors[name]) for name, t in arrived.items())
-        assert (len(arrived) == len(tensors)) == (case == "loop")
+        assert (len(arrived) == len(tensors)) == (case == "loop") == (refused is None)
         assert fake.locked() == 0 and fake.errors() == 0
         fake.fail_after(-1)
 
