@@ -5,17 +5,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .vllm_env import current, engine_config, load_model, make_model, needs_kernels, tensors, vllm  # isort: skip
+from .vllm_env import (  # isort: skip
+    current,
+    engine_config,
+    load_model,
+    make_model,
+    needs_block_kernels,
+    needs_kernels,
+    tensors,
+    vllm,
+)
 
 import fp8_kernels as fk
 from fp8_kernels.errors import NonFiniteWeightError, UnmatchedPatternError, UnsupportedLayoutError
 from fp8_kernels.integrations.vllm import NAME, compat, register
 from fp8_kernels.testing import assert_same_bits
 
+BLOCKS = pytest.param("llama", {"scheme": "per_block"}, marks=needs_block_kernels)
 CASES = [
     ("llama", {}),
     ("llama", {"scheme": "per_tensor"}),
-    pytest.param("llama", {"scheme": "per_block"}, marks=needs_kernels),
+    BLOCKS,
     ("llama", {"ignore": ["*.layers.0.*", "re:down_proj"]}),
     ("llama", {"schemes": {"*.layers.1.*": "per_tensor"}}),
     ("qwen2", {}),
@@ -49,7 +59,7 @@ def test_what_vllm_loads_is_the_quantized_folder(sources, tmp_path, kind, option
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind, options", [("llama", {}), ("llama", {"scheme": "per_block"}), ("qwen2", {})])
+@pytest.mark.parametrize("kind, options", [("llama", {}), BLOCKS, ("qwen2", {})])
 def test_kernels_get_what_they_get_from_the_folder(sources, tmp_path, kind, options):
     """Also after vLLM's kernels have laid out their weights."""
     ours, theirs = map(tensors, both(sources[kind], tmp_path / "fp8", options, processed=True))

@@ -15,6 +15,7 @@ from .vllm_env import (  # isort: skip
     engine_config,
     load_model,
     make_model,
+    needs_block_kernels,
     needs_kernels,
     tensors,
     without_compiled_ops,
@@ -223,8 +224,15 @@ def test_kernels_layouts_are_made_one_after_the_other(config, no_kernels, monkey
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind, scheme", [("llama", "fp8_per_channel"), ("llama", "fp8_per_block"),
-                                          ("qwen2", "fp8_per_channel"), ("qwen3_moe", "fp8_per_block")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, scheme",
+    [
+        ("llama", "fp8_per_channel"),
+        pytest.param("llama", "fp8_per_block", marks=needs_block_kernels),
+        ("qwen2", "fp8_per_channel"),
+        pytest.param("qwen3_moe", "fp8_per_block", marks=needs_block_kernels),
+    ],
+)
 def test_whole_models_with_real_kernels(tmp_path, monkeypatch, kind, scheme):
     """`LLM(folder, quantization="fp8_per_channel", load_format="fp8_kernels")`, with what vLLM has kernels for here."""
     blocks_as_on_a_gpu(monkeypatch)

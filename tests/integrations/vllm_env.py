@@ -26,6 +26,10 @@ from fp8_kernels.integrations.vllm import register  # noqa: E402
 
 HAS_KERNELS = importlib.util.find_spec("vllm._C") is not None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="this vLLM comes without its compiled part")
+needs_block_kernels = pytest.mark.skipif(
+    not (HAS_KERNELS and torch.cpu._is_amx_tile_supported()),
+    reason="vLLM's CPU kernels for blocks need its compiled part and a processor with AMX",
+)
 COMMON = dict(
     hidden_size=256,
     intermediate_size=512,
