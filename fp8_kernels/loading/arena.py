@@ -275,7 +275,7 @@ class Arena:
         return self._slabs[-1]
 
     def _allocate(self, shape, dtype):
-        with torch.inference_mode(False):  # it outlives the engine's context
+        with outliving():
             return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.pin)
 
 

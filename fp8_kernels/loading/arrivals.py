@@ -10,7 +10,7 @@ import threading
 import torch
 
 from ..ops import WEIGHT_DTYPES, copy_amax
-from .arena import Staging
+from .arena import Staging, outliving
 from .coverage import Box
 from .hands import Hand, Hands
 from .report import Report
@@ -136,7 +136,7 @@ class Arrivals:
     def _bring_and_look(self, unit: Unit, place, source, non_blocking):
         """Copy a shard and raise the unit's maximum to its own, where that is one op."""
         if unit.coverage.empty:
-            with torch.inference_mode(False):  # it outlives the engine's context
+            with outliving():
                 unit.maximum = torch.zeros((), device=place.device)
         if unit.maximum is not None and source.device == place.device and source.dtype is place.dtype:
             copy_amax(source, place, unit.maximum)

@@ -12,7 +12,7 @@ from .install import uninterrupted
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
     """No collection inside: a model of 30,000 weights makes a million objects at once, none of them garbage, and the
-    collections that this sets off, each over all of the process, took half of the time."""
+    collections that this sets off go over all of the process each time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -19,6 +19,7 @@ class Echoes:
 
     def __init__(self):
         self._known: dict[int, tuple[StorageWeakRef, Tracked]] = {}
+        self._sweep_at = 64  # so many; twice what is left then, so that each copy is looked at a few times only
 
     def __bool__(self):
         return bool(self._known)
@@ -26,8 +27,10 @@ class Echoes:
     def add(self, copy: torch.Tensor, tracked: Tracked):
         """`copy` holds what could be read of `tracked`."""
         storage = copy.untyped_storage()
-        self._known = {key: known for key, known in self._known.items() if not known[0].expired()}
         self._known[storage._cdata] = StorageWeakRef(storage), tracked
+        if len(self._known) >= self._sweep_at:
+            self._known = {key: known for key, known in self._known.items() if not known[0].expired()}
+            self._sweep_at = max(64, 2 * len(self._known))
 
     def of(self, t: torch.Tensor) -> Tracked | None:
         """What it is a copy of."""

@@ -166,13 +166,14 @@ class Hands:
         unit.shards.clear()
         if unit.buffer is not None:  # it was read, or zeroed, before anything arrived
             unit.close()
-        if not self._may_wait(shard):
+        if not self._lets_wait(shard):
             shard.tracked.quantize_unit(shard.first, shard.buffer)
             shard.tracked.staging.release(shard.buffer)
         unit.finished()
         self._tell(unit, started)
 
-    def _may_wait(self, shard):
+    def _lets_wait(self, shard):
+        """Leave its one unit, whole, to be quantized with others; returns whether it may be."""
         tracked, launches = shard.tracked, self._launches
         if launches is None or tracked.maxima is not None or tracked.edges:
             return False

@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 
 from ..errors import LoadError
 from ..ops import FP8_DTYPES
-from .arena import Staging
+from .arena import Staging, outliving
 from .checks import check_complete, check_finite, check_nothing_on_meta
 from .copy_counter import BelowModes, CopyCounter
 from .coverage import Box
@@ -188,7 +188,7 @@ class Session:
         real = self.given.pop(entry.name, None) if self.given else None
         if real is None:
             device = self._device_of(entry)
-            with torch.inference_mode(False):  # it outlives the engine's context
+            with outliving():
                 real = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=device)
         if entry.logical != entry.shape or entry.optional:
             real.zero_()
@@ -202,7 +202,7 @@ class Session:
             target = tracked.handle[tuple(slice(size) for size in logical)] if logical != shape else tracked.handle
             units = [target] if tracked.entry.scheme is None or target.ndim == 2 else list(target)
             for unit, part in zip(tracked.units, units, strict=True):
-                if not unit.final and not unit.coverage.complete:
+                if not unit.has_arrived:
                     _generate(part, str(unit), seed, self._device if part.is_meta else part.device)
 
     # While the engine loads.

@@ -117,6 +117,11 @@ class Unit:
     def scheme(self) -> Scheme | None:
         return self.tracked.entry.scheme
 
+    @property
+    def has_arrived(self) -> bool:
+        """Is every element of it written, or quantized already?"""
+        return self.final or self.coverage.complete
+
     def __str__(self):
         return self.name if self.index is None else f"{self.name}[{self.index}]"
 

@@ -124,7 +124,7 @@ class Writes:
     def copied(self, t: torch.Tensor, copy: torch.Tensor):
         """`copy` was made of `t`, which may be tracked, or a copy of what is."""
         tracked = self.owner(t) or self.echoes.of(t)
-        if tracked is not None and any(not unit.final and not unit.coverage.complete for unit in tracked.units):
+        if tracked is not None and not all(unit.has_arrived for unit in tracked.units):
             self.echoes.add(copy, tracked)
 
     @property
@@ -233,6 +233,7 @@ class Writes:
             q = q.reshape(codes.shape)
             scale = scale.reshape(()).expand(scales.shape) if scale.numel() == 1 else scale.reshape(scales.shape)
             if again:
+                self._hands.launch()  # what waits for that is not there to be compared
                 if not (are_equal(codes, q) and are_equal(scales, scale.to(scales.dtype))):
                     return False
                 self.report.duplicates.append(str(target))
@@ -389,11 +390,13 @@ class Writes:
 
     def _brings_nothing(self, target, targets, source):
         """Is that what can be read of these very elements, some of which have not arrived?"""
-        if all(unit.final or unit.coverage.complete for unit in target.units):
+        if all(unit.has_arrived for unit in target.units):
             return False
-        for other in targets:
-            if other is not target or source is target.tensor:
-                return _is_same_view(target, other)
+        if source is target.tensor:
+            return True
+        read = next((other for other in targets if not other.written), None)
+        if read is not None:
+            return _is_same_view(target, read)
         known = isinstance(source, torch.Tensor) and self.echoes and self.echoes.of(source) is target.tracked
         if not known or source.shape != target.tensor.shape or any(u.final or u.streamed for u in target.units):
             return False
