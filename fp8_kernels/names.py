@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,8 +30,7 @@ TURNED = "_fp8_turned"  # on a module: names of the weights that `turned_experts
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 
 
-@dataclass(frozen=True)
-class Destination:
+class Destination(NamedTuple):
     """A tensor of the model, or a part of it.
 
     Attributes:
@@ -54,6 +53,12 @@ class Destination:
             num_rows = tensor.shape[0] // 2
             tensor = tensor.narrow(0, self.half * num_rows, num_rows)
         return tensor
+
+    def shape_in(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of that part of a tensor of this shape."""
+        if self.expert is not None:
+            shape = shape[1:]
+        return shape if self.half is None else (shape[0] // 2, *shape[1:])
 
 
 class Names:

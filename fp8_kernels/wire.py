@@ -217,12 +217,15 @@ class _Places:
         if destination is None and not self._names.may_be_dropped(name):
             self._unexpected.append(name)
         elif destination is not None:
-            self._check(name, self._infos[name], destination.of(self._tensors[destination.name]))
+            self._check(name, self._infos[name], destination)
         self._found[name] = destination
         return destination
 
-    def _check(self, name, info, target):
-        check_dtype(name, info.dtype, target.dtype)
-        is_scale = "weight_scale" in name and all(size == 1 for size in info.shape)  # one for all, stored as [1]
-        if info.shape != tuple(target.shape) and not is_scale:
-            raise LoadError(f"`{name}` must have shape {tuple(target.shape)}, got {info.shape}")
+    def _check(self, name, info, destination):
+        tensor = self._tensors[destination.name]
+        check_dtype(name, info.dtype, tensor.dtype)
+        shape = destination.shape_in(tuple(tensor.shape))
+        if info.shape != shape:
+            is_scale = "weight_scale" in name and all(size == 1 for size in info.shape)  # one for all, stored as [1]
+            if not is_scale:
+                raise LoadError(f"`{name}` must have shape {shape}, got {info.shape}")

@@ -1,5 +1,7 @@
 """load_checkpoint by spans: what the load of one mapped tensor after the other gives, and its errors."""
 
+import dataclasses
+import functools
 import threading
 
 import pytest
@@ -9,12 +11,19 @@ from torch import nn
 
 from fp8_kernels import wire
 from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
-from fp8_kernels.errors import CheckpointError, IncompleteLoadError, LoadError, NonFiniteWeightError
+from fp8_kernels.checkpoint.spans import make_spans
+from fp8_kernels.errors import (
+    CheckpointError,
+    ConflictingShardError,
+    IncompleteLoadError,
+    LoadError,
+    NonFiniteWeightError,
+)
 from fp8_kernels.load import load_checkpoint, load_model
 from fp8_kernels.loading.rules import Rules
 from fp8_kernels.loading.transfer import Memory
 
-from .loading.helpers import Model, values
+from .loading.helpers import Model, assert_quantized, values
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -162,6 +171,43 @@ def test_a_device_tensor_of_a_file_is_not_kept(state):
         Memory.__init__ = original
     held = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert seen and not held & {ring.untyped_storage().data_ptr() for ring in seen if len(ring)}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_one_weight_under_two_names_may_arrive_twice_in_a_span(parts, tmp_path, monkeypatch):
+    """It is quantized once; other values under its other name are an error, also where the span holds it in parts."""
+    if parts == 2:
+        monkeypatch.setattr(wire, "_SMALLEST_SPAN_BYTES", 1000)
+        monkeypatch.setattr(wire, "make_spans", _in_two_parts)
+    w = values(256, 96)
+    for other, fails in ((w, False), (w * 2, True)):
+        save_file({"fc.weight": w, "other.weight": other.clone()}, tmp_path / "model.safetensors")
+        model = Model(fc=(256, 96), other=(256, 96))
+        model.other.weight = model.fc.weight
+        load = functools.partial(
+            load_checkpoint, model, tmp_path, "per_block", device="cpu", runnable=False, transfer="spans"
+        )
+        if fails:
+            with pytest.raises(ConflictingShardError, match="fc.weight"):
+                load()
+            continue
+        report = load()
+        assert report.duplicates and all(each.startswith("fc.weight") for each in report.duplicates)
+        assert model.other.weight is model.fc.weight
+        assert_quantized(model, "fc.weight", w, "per_block")
+
+
+def _in_two_parts(checkpoint, limit, **options):
+    """One span of everything, each weight of it as two pieces."""
+    [(span, pieces)] = make_spans(checkpoint, 1 << 20, **options)
+    halves = []
+    for piece in pieces:
+        rows, cols = piece.shape[0] // 2, piece.shape[1]
+        for i in range(2):
+            start = piece.start + i * rows * cols * piece.dtype.itemsize
+            halves.append(dataclasses.replace(piece, start=start, shape=(rows, cols), first=i * rows, whole=False))
+    halves[1], halves[2] = halves[2], halves[1]  # or they would be joined again
+    return [(span, halves)]
 
 
 def test_the_way_can_be_chosen_where_there_is_a_choice(state, tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,24 +25,21 @@ _LFS_MAGIC = b"version https://git-lfs"
 _REMAP_BYTES = 32 << 20
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a header says of a tensor.
 
     Attributes:
         dtype, shape: of it.
+        num_bytes: of its elements.
         file: the name of the file in the checkpoint's folder.
         offset: of its first byte in the file; None where the file is no safetensors file.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    num_bytes: int
     file: str
     offset: int | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return num_bytes(self.dtype, self.shape)
 
 
 class Checkpoint:
@@ -192,7 +189,8 @@ def _read_header(path):
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     if not _is_safetensors(path):
-        return {name: TensorInfo(t.dtype, tuple(t.shape), path.name) for name, t in _load_pickle(path).items()}
+        tensors = _load_pickle(path)
+        return {name: TensorInfo(t.dtype, tuple(t.shape), t.nbytes, path.name) for name, t in tensors.items()}
     infos = {}
     with _open_safetensors(path) as file:
         offset, path_name = data_offset(path), path.name
@@ -201,8 +199,9 @@ def _read_header(path):
             dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
             if dtype is None:
                 raise CheckpointError(f"{path}: `{name}` is {header.get_dtype()}, which torch cannot hold")
-            infos[name] = TensorInfo(dtype, shape, path_name, offset)
-            offset += num_bytes(dtype, shape)
+            size = num_bytes(dtype, shape)
+            infos[name] = TensorInfo(dtype, shape, size, path_name, offset)
+            offset += size
     return infos
 
 

@@ -65,12 +65,12 @@ def make_spans(
     spans = _Spans(limit)
     paths = {file: str(checkpoint.folder / file) for file in checkpoint.files}
     for file, family in _families(checkpoint):
-        spans.begin(paths[file], sum(size for _, _, size in family))
-        for name, info, size in family:
+        spans.begin(paths[file], sum(info.num_bytes for _, info in family))
+        for name, info in family:
             if name in without:
                 spans.close()
-            elif size <= limit * _WHOLE:
-                spans.add(Piece(name, 0, info.shape, info.dtype), info.offset, size)
+            elif info.num_bytes <= limit * _WHOLE:
+                spans.add(Piece(name, 0, info.shape, info.dtype), info.offset, info.num_bytes)
             else:
                 for piece, offset in _cut(name, info, limit):
                     spans.add(piece, offset, num_bytes(piece.dtype, piece.shape))
@@ -106,8 +106,8 @@ class _Spans:
         self._pieces, self._start = [], self._end
 
 
-def _families(checkpoint) -> Iterator[tuple[str, list[tuple[str, TensorInfo, int]]]]:
-    """(file, tensors with their bytes) for runs of tensors that are leaves of one module's children, as
+def _families(checkpoint) -> Iterator[tuple[str, list[tuple[str, TensorInfo]]]]:
+    """(file, tensors) for runs of tensors that are leaves of one module's children, as
     `experts.3.up_proj.weight`."""
     family, owner, file = [], None, None
     for name, info in checkpoint.metadata().items():
@@ -116,7 +116,7 @@ def _families(checkpoint) -> Iterator[tuple[str, list[tuple[str, TensorInfo, int
             if family:
                 yield file, family
             family, owner, file = [], known, info.file
-        family.append((name, info, num_bytes(info.dtype, info.shape)))
+        family.append((name, info))
     if family:
         yield file, family
 

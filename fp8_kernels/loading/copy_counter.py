@@ -160,10 +160,13 @@ class BelowModes:
     """Inside, no mode and no function of a class of its own sees what torch does, on this thread."""
 
     def __enter__(self):
-        self._guards = torch._C.DisableTorchFunction(), _BelowDispatch()
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        self._dispatch = _BelowDispatch()  # which is in force as long as there is this object
 
     def __exit__(self, *exc):
-        del self._guards
+        del self._dispatch
+        self._functions.__exit__(*exc)
 
 
 def _is_view(index):

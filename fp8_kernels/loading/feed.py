@@ -120,17 +120,20 @@ class Feed:
         Raises:
             LoadError: as `copy_` does inside a `LayerwiseLoader`.
         """
-        batches: dict[tuple, list[Rows]] = {}
+        batches: dict[tuple, list[tuple[Rows, Box, list[Unit]]]] = {}
         with self._writes._lock:
             self._writes.let_go()
             for shard in _joined(shards):
-                if isinstance(shard, Rows) and self._is_direct(shard):
-                    entry = shard.tracked.entry
-                    batches.setdefault((entry.scheme, entry.fp8_dtype), []).append(shard)
-                else:
-                    self._copy(shard, memory)
-            for (scheme, _), batch in batches.items():
-                self._quantize(scheme, batch, memory)
+                if isinstance(shard, Rows):
+                    entry, box, units = shard.tracked.entry, shard.box, shard.units
+                    if self._is_direct(shard, box, units):
+                        for unit in units:  # which another tensor of the span may be of, too
+                            unit.coverage.add_box(box)
+                        batches.setdefault((entry.scheme, entry.fp8_dtype), []).append((shard, box, units))
+                        continue
+                    self._quantize_all(batches, memory)
+                self._copy(shard, memory)
+            self._quantize_all(batches, memory)
 
     def has_arrived(self, tracked: Tracked):
         """A tensor that passes through has its values, though nothing was seen to write them."""
@@ -143,28 +146,33 @@ class Feed:
             self._report.bytes_in += tracked.handle.nbytes
             self._hands.pass_through(unit)
 
-    def _is_direct(self, shard):
+    def _is_direct(self, shard, box, units):
         """May it be quantized where it is: whole groups, none of which was written before?"""
-        tracked, box = shard.tracked, shard.box
+        tracked = shard.tracked
         return (
             tracked.streams
             and not tracked.waits_for_ranks
             and shard.dtype in WEIGHT_DTYPES
             and tracked.device == self._staging.device
             and tracked.whole_groups(box) == box
-            and not any(unit.final or unit.shards or unit.coverage.overlap_box(box) for unit in shard.units)
+            and not any(unit.final or unit.shards or unit.coverage.overlap_box(box) for unit in units)
         )
 
-    def _quantize(self, scheme: Scheme, batch: list[Rows], memory):
+    def _quantize_all(self, batches, memory):
+        while batches:
+            (scheme, _), batch = batches.popitem()
+            self._quantize(scheme, batch, memory)
+
+    def _quantize(self, scheme: Scheme, batch: list[tuple[Rows, Box, list[Unit]]], memory):
         weights, codes, scales = [], [], []
         started = time.perf_counter()
-        for shard in batch:
+        for shard, box, _ in batch:
             tracked = shard.tracked
             if tracked.maxima is not None or tracked.edges:  # what the many have no arguments for
-                tracked.quantize(shard.first, shard.count, shard.box, shard.values(memory))
+                tracked.quantize(shard.first, shard.count, box, shard.values(memory))
                 continue
             tracked.allocate()
-            q, scale = tracked.result_of(shard.first, shard.count, shard.box)
+            q, scale = tracked.result_of(shard.first, shard.count, box)
             weights.append(shard.values(memory))
             codes.append(q)
             scales.append(as_bytes(scale))
@@ -172,14 +180,20 @@ class Feed:
             with self._staging.on_device():
                 _quantize_many_out(weights, codes, scales, *scheme.quantize_args)
         self._report.seconds_by_phase["quantize"] += time.perf_counter() - started
-        for shard in batch:
+        in_parts: dict[Unit, None] = {}
+        for shard, box, units in batch:
             self._report.shards += 1
             self._report.bytes_in += shard.num_bytes
-            for unit in shard.units:
-                unit.coverage.add_box(shard.box)
-                unit.add_streamed(shard.box)
-                if unit.coverage.complete:
-                    self._hands.finish(unit)
+            is_whole = box == shard.tracked.unit_box
+            for unit in units:
+                if is_whole:
+                    self._hands.was_made(unit)
+                else:
+                    unit.add_streamed(box)
+                    in_parts[unit] = None
+        for unit in in_parts:
+            if unit.coverage.complete:
+                self._hands.finish(unit)
 
     def _copy(self, shard, memory):
         target, values = shard.target, shard.values(memory)

@@ -159,6 +159,13 @@ class Hands:
         unit.finalize(amax)
         self._tell(unit, started)
 
+    @_remembered
+    def was_made(self, unit: Unit):
+        """All of a unit, of which nothing was written before, is quantized."""
+        started = time.perf_counter()
+        unit.finished()
+        self._tell(unit, started)
+
     def _finish_whole(self, hand):
         """Quantize a held shard that is the whole of its one unit, in one launch."""
         shard, hand.shard = hand.shard, None

@@ -5,10 +5,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_kernels.errors import LoadError
 from fp8_kernels.loading import LayerwiseLoader
-from fp8_kernels.loading.copy_counter import CopyCounter
+from fp8_kernels.loading.copy_counter import BelowModes, CopyCounter
 from fp8_kernels.loading.op_info import op_info
 
 from .helpers import Model, assert_quantized, load, values
@@ -344,6 +346,29 @@ def test_a_resized_weight_is_refused():
     with pytest.raises(LoadError, match=r"`fc.weight` must keep the shape \(6, 36\)"):
         load(model, loading)
     assert model.fc.weight.shape == (6, 36)
+
+
+def test_below_the_modes_none_sees_what_torch_does():
+    """Neither of ops nor of functions; and each sees it again afterwards."""
+    seen = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    t = torch.zeros(3, 4)
+    with Functions(), Ops():
+        with BelowModes():
+            t.narrow(0, 1, 2).copy_(torch.ones(2, 4))
+        assert not seen
+        t.narrow(0, 1, 2)
+    assert seen == ["narrow", "slice.Tensor"] and t.sum() == 8
 
 
 def test_a_tensor_of_a_file_costs_no_dispatch(tmp_path, monkeypatch):
