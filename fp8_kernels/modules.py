@@ -92,8 +92,7 @@ class Fp8Linear(Fp8Module):
         bias_dtype: torch.dtype = torch.bfloat16,
     ):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.scheme, self.activation = as_scheme(scheme), checked_activation(activation)
+        self._describe(in_features, out_features, scheme, activation)
         self._add_fp8("weight", (out_features, in_features), dtype, device)
         bias = _frozen(torch.empty(out_features, dtype=bias_dtype, device=device)) if bias else None
         self.register_parameter("bias", bias)
@@ -110,12 +109,18 @@ class Fp8Linear(Fp8Module):
         Raises:
             ValueError: the scheme cannot be told from the shapes.
         """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)  # and no parameters of its own, which take longer to make than all else
         scheme = scheme_of(linear.weight, linear.weight_scale) if scheme is None else scheme
-        has_bias = linear.bias is not None
-        new = cls(linear.in_features, linear.out_features, has_bias, scheme, activation=activation, device="meta")
+        new._describe(linear.in_features, linear.out_features, scheme, activation)
         _share(linear, new, ("weight", "weight_scale", "bias"))
         carry_over(linear, new)
-        return new.train(linear.training)
+        new.training = linear.training
+        return new
+
+    def _describe(self, in_features, out_features, scheme, activation):
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.activation = as_scheme(scheme), checked_activation(activation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return fp8_linear(x, self.weight, self.weight_scale, self.bias, self.scheme, self.activation)
@@ -273,9 +278,10 @@ def make_runnable(
         ValueError: a scheme can be told neither from `schemes` nor from the shapes.
     """
     checked_activation(activation)
+    everything = dict(model.named_modules(remove_duplicate=False))
     modules = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in everything.items()
         if not isinstance(module, Fp8Module) and _fp8_weights(module)
     }
     stuck = [f"{name} ({type(module).__name__})" for name, module in modules.items() if not can_run(module)]
@@ -295,7 +301,7 @@ def make_runnable(
         if not name:
             return made[id(module)]
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+        everything[parent]._modules[child] = everything[name] = made[id(module)]
     return model
 
 

@@ -24,8 +24,9 @@ from .stored import check_dtype
 
 WAYS = ("auto", "spans", "mapped")
 _EARLY_BYTES = 16 << 20
-# What arrives before the load is planned lies where the model's later weights will, if there are enough of them.
-_AHEAD_BYTES = 2 << 30
+# What arrives before the load is planned, on a slow host in a tenth of a second, lies where the model's later weights
+# will, if there are enough of them: at most this much, and this part of them.
+_AHEAD_BYTES, _AHEAD_PART = 4 << 30, 4
 _SPANS, _SMALLEST_SPAN_BYTES = 8, 1 << 20  # at least so many; but none smaller than that
 _SLACK_BYTES = 64 << 20  # for the ring, and for weights that files cut apart
 
@@ -94,7 +95,7 @@ class SpanLoad:
                 self._early[name] = tensor, transfer.fetch(Span(path, info.offset, info.num_bytes), tensor)
             ahead = 0
             if reserve(self._device, self._made_bytes, self._largest, _SLACK_BYTES) or self._device.type == "cpu":
-                ahead = min(self._made_bytes // 8, _AHEAD_BYTES) if self._made_bytes >= 2 * _AHEAD_BYTES else 0
+                ahead = min(self._made_bytes // _AHEAD_PART, _AHEAD_BYTES) if self._made_bytes >= _AHEAD_BYTES else 0
             self._spans = make_spans(self._checkpoint, self._span_bytes, without=self._early)
             self._arriving = transfer.start([span for span, _ in self._spans if span.num_bytes], ahead)
         except BaseException:

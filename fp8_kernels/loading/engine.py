@@ -22,7 +22,7 @@ import torch
 
 from .. import _ext
 
-MAX_GROUPS = 256  # that may be between being copied and being released
+MAX_GROUPS = 512  # that may be between being copied and being released
 HOST = -1  # in the place of a file: host memory
 ENDS_EARLY = "the file ends before its header says"
 _PAGE = 4096

@@ -113,7 +113,7 @@ def test_host_tensors_and_files_straight_to_where_they_stay(engine_name, file):
 def test_equal_to_quantizing_each_weight(scheme, early, tmp_path, monkeypatch):
     """And to the load of one mapped tensor after the other; tables arrive where they stay, or as all others do."""
     monkeypatch.setattr(wire, "_EARLY_BYTES", early)
-    monkeypatch.setattr(wire, "_AHEAD_BYTES", 4 * MB)  # less than an eighth of the model: some spans have their own
+    monkeypatch.setattr(wire, "_AHEAD_BYTES", 4 * MB)  # less than a quarter of the model: some spans have their own
     state = checkpoint(tmp_path)
     loaded = {}
     for way in ("mapped", "spans"):
