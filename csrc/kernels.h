@@ -85,7 +85,7 @@ struct RingParams {
   uint32_t* mailboxes;  // num_mailboxes words, of any content, for the launch alone
   int64_t num_blocks;
   bool is_large;
-  int32_t kept_slots, max_in_flight;
+  int32_t kept_slots;
 };
 
 // A weight for quantize_whole: `bytes` of w in a row, one scale.

@@ -153,7 +153,7 @@ class Loader {
       done_ = 0;
       loads_ = part_.tiles + part_.passing();
     }
-    if (p_.max_in_flight > 0 && in_flight_++ >= p_.max_in_flight) {
+    if (!p_.is_large && in_flight_++ >= kMaxInFlight) {
       shared_.full[arrived_.slot()].wait(arrived_.round);
       arrived_.advance(1);
     }
@@ -452,7 +452,6 @@ void plan_ring(RingParams& p) {
   }
   p.is_large = largest > processors * kSlots * kTileBytes;
   p.kept_slots = p.is_large ? kKeptSlots : kSlots;
-  p.max_in_flight = p.is_large ? 0 : kMaxInFlight;
   const int64_t least = std::clamp<int64_t>(all_bytes / kTileBytes / (2 * processors), 1, kTilesPerPart);
   p.num_parts = p.num_mailboxes = 0;
   for (int i = 0; i < p.num_weights; ++i) {
