@@ -22,8 +22,8 @@ from .report import size_text
 
 RING_BYTES = 40 << 20  # of device memory where spans arrive, while others are used
 _ALIGNMENT = 512
-# Of bytes in memory already. What lies in a larger ring leaves the processor's cache before it is copied; what lies side
-# by side is copied as one, so that small chunks cost the wire little. Where ten threads read as fast as the wire is, more
+# Of bytes in memory already. What lies in a larger ring leaves the processor's cache before it is copied; neighbouring
+# slots are copied as one, so that small chunks cost the wire little. Where ten threads read as fast as the wire, more
 # do no harm, and where the host is slow they read a twentieth more.
 _MAX_THREADS, _CHUNK_BYTES, _NUM_SLOTS = 14, 1 << 20, 48
 _PROBES = 16  # places of a file that are looked for in the page cache
