@@ -103,8 +103,10 @@ def load_checkpoint(
         if stored and as_it_is:
             expect_fp8(model, source, stored, activation)
             rules["ignore"] = ["*"]
+        compute_buffers(model, device)
+        plan = None
         if runnable:
-            plan = make_plan(model, **rules)
+            plan = make_plan(model, dtype=dtype, **rules)
             kept = not_runnable(model, plan)
             rules["ignore"] += kept
             stack.enter_context(turned_experts(model, names_to_quantize(plan) - kept.keys()))
@@ -112,8 +114,9 @@ def load_checkpoint(
             amax = known_maxima(model, source, rules)
             total = sum(info.num_bytes for info in source.metadata().values())
             source = source.tensors()
-        compute_buffers(model, device)
         loader, names = LayerwiseLoader(model, device=device, dtype=dtype, amax=amax, **rules), Names(model)
+        if spans is not None and plan is not None and not kept:
+            loader.take_plan(plan)
         with loader.prepared(spans and spans.given(loader, names)):
             if spans is not None:
                 spans.into(loader, names, progress)

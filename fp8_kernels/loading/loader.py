@@ -263,6 +263,11 @@ class LayerwiseLoader:
         finally:
             uninterrupted(snapshot.restore)
 
+    def take_plan(self, plan: Plan):
+        """Load by this plan, which `make_plan` made by the same rules, of the model as it is now."""
+        check_not_poisoned(self.model)
+        self._plan = self._checked(plan)
+
     def prepared(self, given: Mapping[str, torch.Tensor] | None) -> LayerwiseLoader:
         """Enter the context next, for a first load that was prepared: nothing has changed the model since there is a
         plan, and memory is reserved.
@@ -283,6 +288,10 @@ class LayerwiseLoader:
         else:
             reload = Reload(self.model, *self._reload_options)
             plan = reload.present()
+        return self._checked(plan), reload
+
+    def _checked(self, plan):
+        """The plan, which this loader can load; as all ranks see it."""
         plan.check_loadable()
         unused = [p for p in self._offload if not any(matches(p, name) for e in plan.entries for name in e.names)]
         if unused:
@@ -290,7 +299,7 @@ class LayerwiseLoader:
         if self._ranks is not None:
             plan = self._ranks.checked(plan)
         _check_amax(self._amax, plan)
-        return plan, reload
+        return plan
 
     def _undo(self, error):
         """Bring the model back; may be called again."""
