@@ -219,6 +219,8 @@ def copy_all(loader, tensors, names, stored=None, total=0, progress=None, reuses
                     tensor, scale = tensor.to(loader.device), scale.to(loader.device)
                     loader.copy_codes(target, tensor, scale, stored.get(name))
                 elif destination.turned or _is_turned(tensor, target):
+                    if tensor.shape != target.mT.shape:
+                        raise LoadError(f"`{name}` must have shape {tuple(target.mT.shape)}, got {tuple(tensor.shape)}")
                     for part, expert in zip(target, tensor, strict=True):
                         part.copy_(expert.to(loader.device).mT)  # turned there, for the host takes long
                 else:

@@ -137,7 +137,10 @@ class SpanLoad:
         total, done = sum(info.num_bytes for info in self._infos.values()), 0
         with BelowModes(), torch.no_grad():
             feed = Feed(loader._session.writes)
-            for name, (tensor, sent) in list(self._early.items()):
+            # What the model holds comes first: where it is tied, what comes under its other name, perhaps in another
+            # dtype, is compared with it.
+            for name in sorted(self._early, key=lambda name: places.holder(name, self._early[name][0]) is None):
+                tensor, sent = self._early[name]
                 self._transfer.wait(sent)
                 tracked = places.holder(name, tensor)
                 if tracked is not None:
@@ -180,7 +183,7 @@ class _Places:
     def of(self, pieces: list[Piece]) -> Iterator[Rows | Plain]:
         """The pieces as what a `Feed` takes; without those that the model has no place for."""
         for piece in pieces:
-            destination = self._found[piece.name] if piece.name in self._found else self._find(piece.name)
+            destination = self._find(piece.name)
             if destination is None:
                 continue
             tracked = self._tracked.get(destination.name)
@@ -214,6 +217,8 @@ class _Places:
             )
 
     def _find(self, name):
+        if name in self._found:
+            return self._found[name]
         destination = self._names.find(name)
         if destination is None and not self._names.may_be_dropped(name):
             self._unexpected.append(name)

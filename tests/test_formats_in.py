@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import fp8_kernels as fk
 from fp8_kernels.checkpoint import open_checkpoint, quantize_checkpoint
-from fp8_kernels.errors import IncompleteLoadError, NonFiniteWeightError
+from fp8_kernels.errors import IncompleteLoadError, LoadError, NonFiniteWeightError
 from fp8_kernels.loading.rules import Rules
 from fp8_kernels.modules import Fp8Linear
 from fp8_kernels.names import Names
@@ -171,6 +171,19 @@ def test_dequantizing_is_streamed(tmp_path):
     assert loader.report.peak_staging_bytes <= 24 << 20
     expected, _ = fk.quantize(fk.dequantize(q, scale, torch.float32, "per_block"), "per_channel")
     assert torch.equal(model.fc.weight.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("wrong", [lambda e, i, o: (e, 1, o), lambda e, i, o: (e, i, 1), lambda e, i, o: (e, i + 1, o)])
+def test_experts_to_be_turned_must_have_their_shape(wrong, tmp_path):
+    """Also where torch would repeat them."""
+    torch.manual_seed(0)
+    source, name = FAMILIES["gpt_oss"](), "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = dict(models.save(source, tmp_path) and open_checkpoint(tmp_path).tensors())
+    tensors[name] = torch.ones(wrong(*tensors[name].shape), dtype=torch.bfloat16)
+    model = models.on_meta(source)
+    with pytest.raises(LoadError, match=rf"`{name}` must have shape"):
+        fk.load_checkpoint(model, tensors.items(), device="cpu")
+    assert all(p.is_meta for p in model.parameters()) and model.model.layers[0].mlp.experts.is_transposed
 
 
 def test_a_failed_load_turns_experts_back(tmp_path):

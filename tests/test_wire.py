@@ -197,6 +197,27 @@ def test_one_weight_under_two_names_may_arrive_twice_in_a_span(parts, tmp_path, 
         assert_quantized(model, "fc.weight", w, "per_block")
 
 
+@pytest.mark.parametrize("wide", ["fc", "other"])
+def test_one_table_under_two_names_may_come_early_in_two_dtypes(wide, tmp_path, monkeypatch):
+    """The copy that is the model's own memory comes first, whichever the file has first, and the other is compared."""
+    monkeypatch.setattr(wire, "_EARLY_BYTES", 1)
+    w = values(256, 96)
+    for factor, fails in ((1, False), (2, True)):
+        state = {"fc.weight": w, "other.weight": w * factor}
+        state[f"{wide}.weight"] = state[f"{wide}.weight"].float()
+        save_file(state, tmp_path / "model.safetensors")
+        model = Model(fc=(256, 96), other=(256, 96))
+        model.other.weight = model.fc.weight
+        options = {"device": "cpu", "ignore": ["*"], "runnable": False, "transfer": "spans"}
+        if fails:
+            with pytest.raises(ConflictingShardError, match="fc.weight"):
+                load_checkpoint(model, tmp_path, **options)
+            assert model.fc.weight.is_meta
+        else:
+            load_checkpoint(model, tmp_path, **options)
+            assert torch.equal(model.fc.weight, w) and model.other.weight is model.fc.weight
+
+
 def _in_two_parts(checkpoint, limit, **options):
     """One span of everything, each weight of it as two pieces."""
     [(span, pieces)] = make_spans(checkpoint, 1 << 20, **options)
