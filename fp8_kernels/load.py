@@ -30,7 +30,7 @@ from .modules import can_run, make_runnable
 from .names import Names, turned_experts
 from .ops import FP8_DTYPES
 from .schemes import PerTensor, Scheme, as_scheme
-from .stored import SCALE_SUFFIXES, check_dtype, expect_fp8, stored_schemes
+from .stored import SCALE_SUFFIXES, check_dtype, expect_fp8, stored_schemes, wrong_shape
 from .wire import SpanLoad, suits
 
 
@@ -220,7 +220,7 @@ def copy_all(loader, tensors, names, stored=None, total=0, progress=None, reuses
                     loader.copy_codes(target, tensor, scale, stored.get(name))
                 elif destination.turned or _is_turned(tensor, target):
                     if tensor.shape != target.mT.shape:
-                        raise LoadError(f"`{name}` must have shape {tuple(target.mT.shape)}, got {tuple(tensor.shape)}")
+                        raise wrong_shape(name, tensor.shape, target.mT.shape)
                     for part, expert in zip(target, tensor, strict=True):
                         part.copy_(expert.to(loader.device).mT)  # turned there, for the host takes long
                 else:
@@ -272,7 +272,7 @@ def _lone_scale(name, tensor, target):
     """It is stored as `[1]`; it is `[]`, or covers all rows, in a module."""
     if tensor.numel() == 1 and "weight_scale" in name:
         return tensor.reshape(()).expand(target.shape)
-    raise LoadError(f"`{name}` must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}")
+    raise wrong_shape(name, tensor.shape, target.shape)
 
 
 def names_to_quantize(plan: Plan) -> set[str]:

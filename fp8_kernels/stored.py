@@ -51,6 +51,11 @@ def check_dtype(name: str, dtype: torch.dtype, into: torch.dtype):
         raise LoadError(f"`{name}` must be loaded from high precision, got {dtype} without its scale")
 
 
+def wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> LoadError:
+    """The error for a tensor of a checkpoint that does not fit its place."""
+    return LoadError(f"`{name}` must have shape {tuple(wanted)}, got {tuple(found)}")
+
+
 def _stored_scheme(checkpoint, name, info):
     """What one stored scale covers."""
     metadata = checkpoint.metadata()

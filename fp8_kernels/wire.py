@@ -20,7 +20,7 @@ from .loading.rules import Rules
 from .loading.staging import Tracked
 from .loading.transfer import RING_BYTES, Memory, Options, Span, Transfer
 from .names import Destination, Names
-from .stored import check_dtype
+from .stored import check_dtype, wrong_shape
 
 WAYS = ("auto", "spans", "mapped")
 _EARLY_BYTES = 16 << 20
@@ -139,12 +139,12 @@ class SpanLoad:
             feed = Feed(loader._session.writes)
             # What the model holds comes first: where it is tied, what comes under its other name, perhaps in another
             # dtype, is compared with it.
-            for name in sorted(self._early, key=lambda name: places.holder(name, self._early[name][0]) is None):
+            holders = {name: places.holder(name, tensor) for name, (tensor, _) in self._early.items()}
+            for name in sorted(holders, key=lambda name: holders[name] is None):
                 tensor, sent = self._early[name]
                 self._transfer.wait(sent)
-                tracked = places.holder(name, tensor)
-                if tracked is not None:
-                    feed.has_arrived(tracked)
+                if holders[name] is not None:
+                    feed.has_arrived(holders[name])
                 else:
                     whole = Piece(name, 0, tuple(tensor.shape), tensor.dtype)
                     feed.take(places.of([whole]), Memory(tensor.reshape(-1).view(torch.uint8)))
@@ -234,4 +234,4 @@ class _Places:
         if info.shape != shape:
             is_scale = "weight_scale" in name and all(size == 1 for size in info.shape)  # one for all, stored as [1]
             if not is_scale:
-                raise LoadError(f"`{name}` must have shape {shape}, got {info.shape}")
+                raise wrong_shape(name, info.shape, shape)

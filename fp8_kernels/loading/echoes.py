@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .staging import Tracked
 
 COPYING = {"clone", "_to_copy"}  # ops whose result is a copy of their first argument
+_LEAST = 64  # copies, before those that are gone are looked for
 
 
 class Echoes:
@@ -19,7 +20,7 @@ class Echoes:
 
     def __init__(self):
         self._known: dict[int, tuple[StorageWeakRef, Tracked]] = {}
-        self._sweep_at = 64  # so many; twice what is left then, so that each copy is looked at a few times only
+        self._sweep_at = _LEAST  # so many; twice what is left then, so that each copy is looked at a few times only
 
     def __bool__(self):
         return bool(self._known)
@@ -30,7 +31,7 @@ class Echoes:
         self._known[storage._cdata] = StorageWeakRef(storage), tracked
         if len(self._known) >= self._sweep_at:
             self._known = {key: known for key, known in self._known.items() if not known[0].expired()}
-            self._sweep_at = max(64, 2 * len(self._known))
+            self._sweep_at = max(_LEAST, 2 * len(self._known))
 
     def of(self, t: torch.Tensor) -> Tracked | None:
         """What it is a copy of."""

@@ -163,8 +163,7 @@ class Hands:
     def was_made(self, unit: Unit):
         """All of a unit, of which nothing was written before, is quantized."""
         started = time.perf_counter()
-        if unit.buffer is not None:  # it was read, or zeroed, before anything arrived
-            unit.close()
+        unit.close()  # it may have been read, or zeroed, before anything arrived
         unit.finished()
         self._tell(unit, started)
 
