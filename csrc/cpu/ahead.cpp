@@ -5,6 +5,7 @@
 // page-locked slots; the caller enqueues the copies out of them on its own stream, of neighbouring slots as one. A guess
 // that was wrong is forgotten: bytes are used only where the position that was asked for is the one that was read.
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 
 #include <condition_variable>
@@ -337,13 +338,27 @@ class Ahead {
   int64_t asked_bytes_ = 0, read_bytes_ = 0, read_ns_ = 0, wait_ns_ = 0, declined_ = 0, restarts_ = 0;
 };
 
+// The kernel's PAGEMAP_SCAN (Linux 6.7), which headers may not have yet: finds pages by what they are, and passes over
+// those that nobody touched, of which there is nothing to be told, a page table at a time.
+struct PageScan {
+  uint64_t size = sizeof(PageScan), flags = 0, start, end, walk_end = 0, found, num_found = 1, max_pages = 1;
+  uint64_t inverted, all_of, any_of, told;
+};
+constexpr unsigned long kPageScan = _IOWR('f', 16, PageScan);
+constexpr uint64_t kScanFile = 1 << 2, kScanPresent = 1 << 3, kScanSwapped = 1 << 4;
+
 // Is every page of a private mapping still the file's? One that was written to is the process's own.
 bool is_the_files(int pagemap, int64_t address, int64_t bytes) {
+  const int64_t page = sysconf(_SC_PAGESIZE), first = address / page, last = (address + bytes - 1) / page;
+  uint64_t region[3];
+  PageScan scan;
+  scan.start = first * page, scan.end = (last + 1) * page, scan.found = reinterpret_cast<uint64_t>(region);
+  scan.inverted = scan.all_of = kScanFile, scan.any_of = scan.told = kScanPresent | kScanSwapped;
+  if (const int found = ioctl(pagemap, kPageScan, &scan); found >= 0) return found == 0;
   constexpr int64_t kEntries = 512;
   constexpr uint64_t kPresent = uint64_t{1} << 63, kSwapped = uint64_t{1} << 62, kOfFile = uint64_t{1} << 61;
-  const int64_t page = sysconf(_SC_PAGESIZE);
   uint64_t entries[kEntries];
-  for (int64_t i = address / page, last = (address + bytes - 1) / page; i <= last; i += kEntries) {
+  for (int64_t i = first; i <= last; i += kEntries) {
     const int64_t count = std::min(kEntries, last + 1 - i) * 8;
     if (pread(pagemap, entries, count, i * 8) != count) return false;
     for (int64_t k = 0; k < count / 8; ++k) {
