@@ -233,9 +233,22 @@ def _unseen(func, args, kwargs):
 
 def _asarray(writes, func, args, kwargs):
     """What a storage or an array holds, as `safe_open` gives it: that is nothing tracked, whatever ops it takes."""
-    if isinstance(args[0], torch.Tensor) or _is_meta(kwargs.get("device")) or _num_modes() != 1:
+    held = args[0]
+    if isinstance(held, torch.Tensor) or _is_meta(kwargs.get("device")) or _num_modes() != 1:
         return _with_real_data(writes, func, args, kwargs)
+    if type(held) is torch.UntypedStorage and kwargs in _ITS_BYTES and held.device.type == "cpu":
+        if "device" in kwargs or not _num_function_modes():  # which might send it elsewhere
+            return _unseen(_bytes_of, args, {})
     return _unseen(func, args, kwargs)
+
+
+def _bytes_of(storage):
+    """What `asarray` does after it has read the first byte: of a mapped file a page fault, longer than all the rest."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+
+
+_ITS_BYTES = ({"dtype": torch.uint8, "device": "cpu"}, {"dtype": torch.uint8})
+_num_function_modes = torch._C._len_torch_function_stack
 
 
 def _reshape(writes, func, args, kwargs):

@@ -1,5 +1,7 @@
 """The dispatch mode: which ops it carries out on real memory, and that it leaves every other op alone."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -388,3 +390,35 @@ def test_a_tensor_of_a_file_costs_no_dispatch(tmp_path, monkeypatch):
         assert torch.asarray([1.5, 2.5], device=model.fc.weight.device).tolist() == [1.5, 2.5]  # and stays real
     assert seen
     assert_quantized(model, "fc.weight", w)
+
+
+def test_a_tensor_of_a_file_touches_none_of_its_pages(tmp_path):
+    """torch looks at the first byte of a storage that it makes a tensor of; here none is read."""
+    size = os.sysconf("SC_PAGESIZE")
+    (tmp_path / "bytes").write_bytes(bytes(range(256)) * (size // 64))
+    pages = os.open("/proc/self/pagemap", os.O_RDONLY)
+
+    def is_present(t):
+        return bool(int.from_bytes(os.pread(pages, 8, t.data_ptr() // size * 8), "little") >> 63)
+
+    with LayerwiseLoader(Model(fc=(6, 8)), device="cpu") as session:
+        storage = torch.UntypedStorage.from_file(str(tmp_path / "bytes"), False, 4 * size)
+        of_all = torch.asarray(storage, dtype=torch.uint8, device="cpu")
+        part = torch.asarray(storage[size : size + 300], dtype=torch.uint8)
+        assert not is_present(of_all) and not is_present(part)
+        assert of_all.tolist() == list(range(256)) * (size // 64)
+        assert part.tolist() == of_all[size : size + 300].tolist()
+        part[0] = 99
+        assert of_all[size] == 99 and is_present(part)  # the same memory
+        assert torch.asarray(storage[:0], dtype=torch.uint8).shape == (0,)
+        session.fill_dummy()
+    os.close(pages)
+
+
+def test_a_device_that_was_chosen_for_all_tensors_is_that_of_a_files_too():
+    """Where a context that was entered before says where tensors are made, it is asked."""
+    storage = torch.arange(5, dtype=torch.uint8).untyped_storage()
+    with torch.device("meta"), LayerwiseLoader(Model(fc=(6, 8)), device="cpu") as session:
+        assert torch.asarray(storage, dtype=torch.uint8).is_meta
+        assert torch.asarray(storage, dtype=torch.uint8, device="cpu").tolist() == [0, 1, 2, 3, 4]
+        session.fill_dummy()
