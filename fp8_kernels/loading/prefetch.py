@@ -75,7 +75,8 @@ class Mapping:
         start, end: addresses.
         offset: in the file, of `start`.
         fd: of the file, shared by the mappings of it.
-        file: which one, its bytes, and when it was written to last, in nanoseconds.
+        file: which one.
+        size, modified: its bytes, and when it was written to last, in nanoseconds.
         path: for messages.
         keeps: memory of the mapping: while it is held, no other can take the mapping's place.
     """
@@ -84,7 +85,9 @@ class Mapping:
     end: int
     offset: int
     fd: int
-    file: tuple[tuple[int, int], int, int]
+    file: tuple[int, int]
+    size: int
+    modified: int
     path: str
     keeps: torch.UntypedStorage
 
@@ -99,7 +102,8 @@ class Prefetch(Sources):
 
     def __init__(self, device: torch.device, num_threads: int | None = None):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._device, self._num_threads = device, num_threads or max(min(cores - 2, MAX_THREADS), 1)
+        self._device, self._is_cuda = device, device.type == "cuda"
+        self._num_threads = num_threads or max(min(cores - 2, MAX_THREADS), 1)
         self._library = library()
         self._readers: dict[str, int | None] = {}  # "file", "memory" -> the C++ object, once it is needed
         self._mappings: list[Mapping] = []  # the latest last
@@ -110,14 +114,12 @@ class Prefetch(Sources):
         self._look_again, self._pagemap, self._started = 0.0, None, 0.0
 
     def bring(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False):
-        num_bytes = source.nbytes
-        if num_bytes < SMALLEST_BYTES:
-            address = source.data_ptr()
-            known = self._low <= address and address + num_bytes <= self._high
-            if known and time.perf_counter() < self._look_again:  # as most small ones are: no file's
+        num_bytes, address = source.nbytes, source.data_ptr()
+        if num_bytes < SMALLEST_BYTES and self._low <= address and address + num_bytes <= self._high:
+            if time.perf_counter() < self._look_again:  # as most small ones are: no file's
                 destination.copy_(source, non_blocking)
                 return
-        if not self._moves(destination, source, non_blocking):
+        if not self._moves(destination, source, address, num_bytes, non_blocking):
             super().bring(destination, source, non_blocking)
 
     def close(self):
@@ -147,32 +149,44 @@ class Prefetch(Sources):
                 found[kind] = counters
         return found
 
-    def _moves(self, destination, source, non_blocking):
+    def _moves(self, destination, source, address, num_bytes, non_blocking):
         """Move it, if that is better than torch's way; returns whether it was."""
         if (
             self._library is None
+            or not num_bytes
             or not source.is_cpu
-            or destination.device.type != self._device.type
+            or destination.is_cuda != self._is_cuda
+            or not (self._is_cuda or destination.is_cpu)
             or source.dtype is not destination.dtype
+            or source.dtype.is_complex  # it may be conjugated
             or source.shape != destination.shape
             or not destination.is_contiguous()
-            or source.is_conj() != destination.is_conj()
         ):
             return False
-        num_bytes, mapping = source.nbytes, None
-        if not num_bytes:
-            return False
-        stream = _current_stream(destination.device.index) if destination.is_cuda else 0
+        mapping = None
+        stream = _current_stream(destination.get_device()) if self._is_cuda else 0
         if source.is_contiguous():
             row_bytes, pitch, num_rows = num_bytes, num_bytes, 1
-            mapping = self._mapping(source)
+            mapping = self._mapping(source, address, address + num_bytes)
         elif source.ndim == 2 and source.stride(1) == 1 and source.stride(0) > source.shape[1]:  # columns of a weight
             size = source.element_size()
             row_bytes, pitch, num_rows = source.shape[1] * size, source.stride(0) * size, source.shape[0]
         else:
             return False
         if mapping is not None:
-            result = self._from_file(mapping, source, destination, stream)
+            reader = self._readers.get("file") or self._reader("file")
+            result = reader and self._library.fp8_ahead_file(
+                reader,
+                self._pagemap,
+                address,
+                num_bytes,
+                mapping.fd,
+                mapping.offset + address - mapping.start,
+                mapping.size,
+                mapping.modified,
+                destination.data_ptr(),
+                stream,
+            )
         elif num_bytes >= SMALLEST_BYTES:
             # Page-locked memory needs no copy of the host's, and an engine that asked not to wait for it knows when it
             # may write there again.
@@ -180,7 +194,7 @@ class Prefetch(Sources):
                 return False
             reader = self._reader("memory")
             result = reader and self._library.fp8_ahead_memory(
-                reader, source.data_ptr(), row_bytes, pitch, num_rows, destination.data_ptr(), stream
+                reader, address, row_bytes, pitch, num_rows, destination.data_ptr(), stream
             )
         else:
             return False
@@ -188,26 +202,12 @@ class Prefetch(Sources):
             raise self._error(result, mapping)
         return bool(result)
 
-    def _from_file(self, mapping, source, destination, stream):
-        reader, address = self._reader("file"), source.data_ptr()
-        return reader and self._library.fp8_ahead_file(
-            reader,
-            self._pagemap,
-            address,
-            source.nbytes,
-            mapping.fd,
-            mapping.offset + address - mapping.start,
-            *mapping.file[1:],
-            destination.data_ptr(),
-            stream,
-        )
-
     def _reader(self, kind):
         if not self._readers:
             self._started = time.perf_counter()
         if kind not in self._readers:
             self._readers[kind] = self._library.fp8_ahead_create(
-                SLOT_BYTES, NUM_SLOTS, self._num_threads, self._device.type == "cuda"
+                SLOT_BYTES, NUM_SLOTS, self._num_threads, self._is_cuda
             )
         return self._readers[kind]
 
@@ -219,10 +219,8 @@ class Prefetch(Sources):
 
     # Where a tensor of the host lies.
 
-    def _mapping(self, source: torch.Tensor) -> Mapping | None:
-        """The private mapping of a file that a contiguous tensor is in."""
-        start = source.data_ptr()
-        end = start + source.nbytes
+    def _mapping(self, source: torch.Tensor, start: int, end: int) -> Mapping | None:
+        """The private mapping of a file that a contiguous tensor is in, at these addresses."""
         for mapping in reversed(self._mappings):
             if mapping.start <= start and end <= mapping.end:
                 return mapping
@@ -254,11 +252,11 @@ class Prefetch(Sources):
             return None
         status = os.fstat(fd)
         file = (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns
-        same = next((mapping.fd for mapping in self._mappings if mapping.file == file), None)
+        same = next((m.fd for m in self._mappings if (m.file, m.size, m.modified) == file), None)
         if same is not None:  # what is read ahead of it goes on
             os.close(fd)
             fd = same
-        mapping = Mapping(start, end, offset, fd, file, path, keeps)
+        mapping = Mapping(start, end, offset, fd, *file, path, keeps)
         self._mappings.append(mapping)
         if len(self._mappings) > MAX_MAPPINGS:
             oldest = self._mappings.pop(0)
