@@ -27,7 +27,7 @@ from .plan import Entry, Plan
 from .ranks import Ranks
 from .reload import Reload
 from .report import Report
-from .reserve import SMALL_BYTES, reserve
+from .reserve import LARGEST_BYTES, SMALL_BYTES, reserve
 from .rules import matches
 from .staging import Tracked
 from .unit import Unit
@@ -92,6 +92,9 @@ class Session:
     def start(self):
         """From now on, what this thread writes to the plan's tensors is seen."""
         if self._reload is None and self.given is None:
+            for entry in self.plan.passed_through:
+                if self._bytes_to_make(entry) > LARGEST_BYTES:  # apart, so that the rest can be reserved
+                    self._make_real(entry)
             sizes = [size for size in map(self._bytes_to_make, self.plan.entries) if size > SMALL_BYTES]
             reserve(self._device, sum(sizes), max(sizes, default=0), _SLACK_BYTES)
         if self._device.type == "cuda":

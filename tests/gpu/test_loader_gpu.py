@@ -151,3 +151,19 @@ def test_another_current_device_stream():
     torch.cuda.synchronize()
     assert_quantized(model, "fc.weight", source)
     assert_quantized(model, "fc2.weight", source)
+
+
+def test_the_driver_is_asked_once_for_the_memory_of_a_model():
+    """And once for a table that stays as it is, too large to lie between what becomes FP8."""
+    model = Model(embed_tokens=(200_000, 1024), **{f"fc{i}": (3000, 4096) for i in range(20)})
+    shard = torch.randn(3000, 4096, dtype=torch.bfloat16, device="cuda")
+    fk.quantize(shard)
+    _allocated()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    with LayerwiseLoader(model, device="cuda"):
+        model.embed_tokens.weight.data.fill_(1)
+        for i in range(20):
+            model.get_parameter(f"fc{i}.weight").data.copy_(shard)
+    assert torch.cuda.memory_stats()["num_device_alloc"] - before <= 6  # scales, and where shards wait
+    assert_quantized(model, "fc7.weight", shard)
