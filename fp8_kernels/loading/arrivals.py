@@ -78,9 +78,9 @@ class Arrivals:
                     shard.box = together
                     self._count(unit, box, source)
                     return True
-            # A small unit that is filled from its start is quantized in one launch.
-            starts = tracked.streams and unit.coverage.empty and tracked.unit_numel * dtype.itemsize <= WHOLE_BYTES
-            if starts or (tracked.streams and tracked.whole_groups(box) is not None):
+            if tracked.streams and tracked.whole_groups(box) is not None:
+                # A small unit that is filled from its start is quantized in one launch.
+                starts = unit.coverage.empty and tracked.unit_numel * dtype.itemsize <= WHOLE_BYTES
                 room = tracked.unit_box if starts else box
                 self._stream(hand, tracked, unit, box, room, source, dtype, non_blocking)
             else:
@@ -115,7 +115,7 @@ class Arrivals:
         """Let the shard wait in the buffer of its unit."""
         staging = self._staging
         units = staging.in_use
-        let_go_first = unit.buffer is None and (bool(unit.shards) or not staging.has_room(unit.shape, dtype))
+        let_go_first = unit.buffer is None and not staging.has_room(unit.shape, dtype)
         if let_go_first:
             self._hands.let_go(hand, units)
             self._hands.launch_less_than(unit.tracked.unit_numel * dtype.itemsize)
@@ -127,6 +127,7 @@ class Arrivals:
         else:
             self._bring(place, source, non_blocking)
         self._count(unit, box, source)
+        unit.read_since_write = False
         if not let_go_first:
             self._hands.let_go(hand, units)
         if unit.coverage.complete and unit not in hand.units:
@@ -151,7 +152,6 @@ class Arrivals:
 
     def _count(self, unit, box, source):
         unit.coverage.add_box(box)
-        unit.read_since_write = False
         report = self._report
         report.shards += 1
         report.bytes_in += source.nbytes

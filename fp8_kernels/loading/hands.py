@@ -136,9 +136,6 @@ class Hands:
         """Move a held shard into the buffers of its units, where it can be read and changed; they stay held."""
         hand = next(hand for hand in self._of_thread.values() if hand.shard is shard)
         hand.shard = None
-        self._keep(shard, hand)
-
-    def _keep(self, shard, hand):
         taken = False
         for unit in shard.units:
             unit.shards.remove(shard)
@@ -226,9 +223,6 @@ class Hands:
         """Quantize the whole groups of a held shard; what is left of it waits in its units."""
         shard, hand.shard = hand.shard, None
         tracked, box, units = shard.tracked, shard.box, shard.units
-        if tracked.whole_groups(box) is None:
-            self._keep(shard, hand)
-            return
         started = time.perf_counter()
         values = shard.values
         whole = tracked.quantize(shard.first, len(units), box, values)

@@ -81,7 +81,6 @@ def test_segments(source):
 @pytest.mark.parametrize("source", ["cpu", "cuda", "mixed"])
 def test_maxima_that_come_with_the_shards(source, monkeypatch):
     """A large unit with one scale: the bytes of the whole, where its maximum came with the copies and where not."""
-    monkeypatch.setattr(arrivals, "WHOLE_BYTES", 0)
     monkeypatch.setattr(arrivals, "ACCUMULATE_BYTES", 1 << 20)
     model, w = Model(fc=(1025, 1000)), values(1025, 1000)
     with LayerwiseLoader(model, "per_tensor", device="cuda"):

@@ -26,7 +26,6 @@ def given(monkeypatch):
         seen.append(None if amax is None else amax.item())
         return real(w, scheme, q, scale, amax)
 
-    monkeypatch.setattr(arrivals, "WHOLE_BYTES", 0)
     monkeypatch.setattr(arrivals, "ACCUMULATE_BYTES", 0)
     monkeypatch.setattr(staging, "quantize_into", noted)
     return seen
