@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 512  # bytes; of every buffer's start
 SMALLEST_BUDGET = 256 << 20
-HOST_SLAB = 16 << 20  # page-locking memory takes a millisecond for a few MB
+HOST_SLAB = 16 << 20  # page-locked while the load waits
 
 
 class Staging:
