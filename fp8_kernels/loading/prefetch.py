@@ -151,19 +151,9 @@ class Prefetch(Sources):
 
     def _moves(self, destination, source, address, num_bytes, non_blocking):
         """Move it, if that is better than torch's way; returns whether it was."""
-        if (
-            self._library is None
-            or not num_bytes
-            or not source.is_cpu
-            or destination.is_cuda != self._is_cuda
-            or not (self._is_cuda or destination.is_cpu)
-            or source.dtype is not destination.dtype
-            or source.dtype.is_complex  # it may be conjugated
-            or source.shape != destination.shape
-            or not destination.is_contiguous()
-        ):
+        if self._library is None or not num_bytes or not self._suits(destination, source):
             return False
-        mapping = None
+        to, mapping = destination.data_ptr(), None
         stream = _current_stream(destination.get_device()) if self._is_cuda else 0
         if source.is_contiguous():
             row_bytes, pitch, num_rows = num_bytes, num_bytes, 1
@@ -174,18 +164,10 @@ class Prefetch(Sources):
         else:
             return False
         if mapping is not None:
-            reader = self._readers.get("file") or self._reader("file")
+            reader, offset = self._reader("file"), mapping.offset + address - mapping.start
+            file = mapping.fd, offset, mapping.size, mapping.modified
             result = reader and self._library.fp8_ahead_file(
-                reader,
-                self._pagemap,
-                address,
-                num_bytes,
-                mapping.fd,
-                mapping.offset + address - mapping.start,
-                mapping.size,
-                mapping.modified,
-                destination.data_ptr(),
-                stream,
+                reader, self._pagemap, address, num_bytes, *file, to, stream
             )
         elif num_bytes >= SMALLEST_BYTES:
             # Page-locked memory needs no copy of the host's, and an engine that asked not to wait for it knows when it
@@ -193,14 +175,24 @@ class Prefetch(Sources):
             if non_blocking and source.is_pinned():
                 return False
             reader = self._reader("memory")
-            result = reader and self._library.fp8_ahead_memory(
-                reader, address, row_bytes, pitch, num_rows, destination.data_ptr(), stream
-            )
+            result = reader and self._library.fp8_ahead_memory(reader, address, row_bytes, pitch, num_rows, to, stream)
         else:
             return False
         if result and result < 0:
             raise self._error(result, mapping)
         return bool(result)
+
+    def _suits(self, destination, source):
+        """Are the bytes of the one those of the other?"""
+        return (
+            source.is_cpu
+            and destination.is_cuda == self._is_cuda
+            and (self._is_cuda or destination.is_cpu)
+            and source.dtype is destination.dtype
+            and not source.dtype.is_complex  # which may be conjugated
+            and source.shape == destination.shape
+            and destination.is_contiguous()
+        )
 
     def _reader(self, kind):
         if not self._readers:
