@@ -15,9 +15,9 @@ from __future__ import annotations
 import bisect
 import ctypes
 import os
+import re
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -75,8 +75,7 @@ class Mapping:
         start, end: addresses.
         offset: in the file, of `start`.
         fd: of the file, shared by the mappings of it.
-        file: which one.
-        size, modified: its bytes, and when it was written to last, in nanoseconds.
+        file: which one, its bytes, and when it was written to last, in nanoseconds.
         path: for messages.
         keeps: memory of the mapping: while it is held, no other can take the mapping's place.
     """
@@ -85,9 +84,7 @@ class Mapping:
     end: int
     offset: int
     fd: int
-    file: tuple[int, int]
-    size: int
-    modified: int
+    file: tuple[tuple[int, int], int, int]
     path: str
     keeps: torch.UntypedStorage
 
@@ -102,8 +99,7 @@ class Prefetch(Sources):
 
     def __init__(self, device: torch.device, num_threads: int | None = None):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._device, self._is_cuda = device, device.type == "cuda"
-        self._num_threads = num_threads or max(min(cores - 2, MAX_THREADS), 1)
+        self._device, self._num_threads = device, num_threads or max(min(cores - 2, MAX_THREADS), 1)
         self._library = library()
         self._readers: dict[str, int | None] = {}  # "file", "memory" -> the C++ object, once it is needed
         self._mappings: list[Mapping] = []  # the latest last
@@ -114,12 +110,14 @@ class Prefetch(Sources):
         self._look_again, self._pagemap, self._started = 0.0, None, 0.0
 
     def bring(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False):
-        num_bytes, address = source.nbytes, source.data_ptr()
-        if num_bytes < SMALLEST_BYTES and self._low <= address and address + num_bytes <= self._high:
-            if time.perf_counter() < self._look_again:  # as most small ones are: no file's
+        num_bytes = source.nbytes
+        if num_bytes < SMALLEST_BYTES:
+            address = source.data_ptr()
+            known = self._low <= address and address + num_bytes <= self._high
+            if known and time.perf_counter() < self._look_again:  # as most small ones are: no file's
                 destination.copy_(source, non_blocking)
                 return
-        if not self._moves(destination, source, address, num_bytes, non_blocking):
+        if not self._moves(destination, source, non_blocking):
             super().bring(destination, source, non_blocking)
 
     def close(self):
@@ -149,49 +147,59 @@ class Prefetch(Sources):
                 found[kind] = counters
         return found
 
-    def _moves(self, destination, source, address, num_bytes, non_blocking):
+    def _moves(self, destination, source, non_blocking):
         """Move it, if that is better than torch's way; returns whether it was."""
-        if self._library is None or not num_bytes or not self._suits(destination, source):
+        if (
+            self._library is None
+            or not source.is_cpu
+            or destination.device.type != self._device.type
+            or source.dtype is not destination.dtype
+            or source.shape != destination.shape
+            or not destination.is_contiguous()
+            or source.is_conj() != destination.is_conj()
+        ):
             return False
-        to, mapping = destination.data_ptr(), None
-        stream = _current_stream(destination.get_device()) if self._is_cuda else 0
+        num_bytes, mapping = source.nbytes, None
+        if not num_bytes:
+            return False
+        stream = _current_stream(destination.device.index) if destination.is_cuda else 0
         if source.is_contiguous():
             row_bytes, pitch, num_rows = num_bytes, num_bytes, 1
-            mapping = self._mapping(source, address, address + num_bytes)
+            mapping = self._mapping(source)
         elif source.ndim == 2 and source.stride(1) == 1 and source.stride(0) > source.shape[1]:  # columns of a weight
             size = source.element_size()
             row_bytes, pitch, num_rows = source.shape[1] * size, source.stride(0) * size, source.shape[0]
         else:
             return False
         if mapping is not None:
-            reader, offset = self._reader("file"), mapping.offset + address - mapping.start
-            file = mapping.fd, offset, mapping.size, mapping.modified
-            result = reader and self._library.fp8_ahead_file(
-                reader, self._pagemap, address, num_bytes, *file, to, stream
-            )
+            result = self._from_file(mapping, source, destination, stream)
         elif num_bytes >= SMALLEST_BYTES:
             # Page-locked memory needs no copy of the host's, and an engine that asked not to wait for it knows when it
             # may write there again.
             if non_blocking and source.is_pinned():
                 return False
             reader = self._reader("memory")
-            result = reader and self._library.fp8_ahead_memory(reader, address, row_bytes, pitch, num_rows, to, stream)
+            result = reader and self._library.fp8_ahead_memory(
+                reader, source.data_ptr(), row_bytes, pitch, num_rows, destination.data_ptr(), stream
+            )
         else:
             return False
         if result and result < 0:
             raise self._error(result, mapping)
         return bool(result)
 
-    def _suits(self, destination, source):
-        """Are the bytes of the one those of the other?"""
-        return (
-            source.is_cpu
-            and destination.is_cuda == self._is_cuda
-            and (self._is_cuda or destination.is_cpu)
-            and source.dtype is destination.dtype
-            and not source.dtype.is_complex  # which may be conjugated
-            and source.shape == destination.shape
-            and destination.is_contiguous()
+    def _from_file(self, mapping, source, destination, stream):
+        reader, address = self._reader("file"), source.data_ptr()
+        return reader and self._library.fp8_ahead_file(
+            reader,
+            self._pagemap,
+            address,
+            source.nbytes,
+            mapping.fd,
+            mapping.offset + address - mapping.start,
+            *mapping.file[1:],
+            destination.data_ptr(),
+            stream,
         )
 
     def _reader(self, kind):
@@ -199,7 +207,7 @@ class Prefetch(Sources):
             self._started = time.perf_counter()
         if kind not in self._readers:
             self._readers[kind] = self._library.fp8_ahead_create(
-                SLOT_BYTES, NUM_SLOTS, self._num_threads, self._is_cuda
+                SLOT_BYTES, NUM_SLOTS, self._num_threads, self._device.type == "cuda"
             )
         return self._readers[kind]
 
@@ -211,8 +219,10 @@ class Prefetch(Sources):
 
     # Where a tensor of the host lies.
 
-    def _mapping(self, source: torch.Tensor, start: int, end: int) -> Mapping | None:
-        """The private mapping of a file that a contiguous tensor is in, at these addresses."""
+    def _mapping(self, source: torch.Tensor) -> Mapping | None:
+        """The private mapping of a file that a contiguous tensor is in."""
+        start = source.data_ptr()
+        end = start + source.nbytes
         for mapping in reversed(self._mappings):
             if mapping.start <= start and end <= mapping.end:
                 return mapping
@@ -221,14 +231,16 @@ class Prefetch(Sources):
             self._low, self._high = self._elsewhere[at]
             if time.perf_counter() < self._look_again:
                 return None
-        self._elsewhere, self._low, self._high, found = [], 0, 0, None
-        began = time.perf_counter()
-        for first, last, described in _mapped():
-            if described is not None and first <= start and end <= last:
-                found = self._known(first, last, *described, source.untyped_storage())
-                described = found and described
-            if described is None:
-                self._elsewhere.append((first, last))
+        self._low = self._high = 0
+        began, found, mapped = time.perf_counter(), None, _mapped()
+        at = bisect.bisect_right(mapped, (start, 1 << 64)) - 1
+        if at >= 0:
+            first, last, file = mapped[at]
+            if file is not None and end <= last:
+                found = self._known(first, last, *_described(*file), source.untyped_storage())
+                if found is None:
+                    mapped[at] = first, last, None
+        self._elsewhere = [(first, last) for first, last, file in mapped if file is None]
         now = time.perf_counter()
         self._look_again = now + (now - began) / LOOKED_UP
         return found
@@ -244,11 +256,11 @@ class Prefetch(Sources):
             return None
         status = os.fstat(fd)
         file = (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns
-        same = next((m.fd for m in self._mappings if (m.file, m.size, m.modified) == file), None)
+        same = next((mapping.fd for mapping in self._mappings if mapping.file == file), None)
         if same is not None:  # what is read ahead of it goes on
             os.close(fd)
             fd = same
-        mapping = Mapping(start, end, offset, fd, *file, path, keeps)
+        mapping = Mapping(start, end, offset, fd, file, path, keeps)
         self._mappings.append(mapping)
         if len(self._mappings) > MAX_MAPPINGS:
             oldest = self._mappings.pop(0)
@@ -259,21 +271,27 @@ class Prefetch(Sources):
         return mapping
 
 
-def _mapped() -> Iterator[tuple[int, int, tuple | None]]:
-    """(first, last address, (offset, device, inode, path) of a file that is mapped privately there, or None)."""
+# First and last address, access, offset, device, inode, path.
+_LINE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) +(\S+) +([0-9a-f]+) +(\S+) +(\d+) *(.*)$", re.MULTILINE)
+
+
+def _mapped() -> list[tuple[int, int, list[bytes] | None]]:
+    """(first, last address, what `_described` takes of a file that is mapped privately there, or None)."""
     try:
         with open("/proc/self/maps", "rb") as file:
-            lines = file.read().splitlines()
+            lines = _LINE.findall(file.read())
     except OSError:  # no such thing on this system
-        return
-    for line in lines:
-        addresses, access, offset, device, inode, *path = line.split(None, 5)
-        first, last = (int(each, 16) for each in addresses.split(b"-"))
-        described = None
-        if access.endswith(b"p") and path and path[0].startswith(b"/"):
-            major, minor = (int(each, 16) for each in device.split(b":"))
-            described = int(offset, 16), os.makedev(major, minor), int(inode), os.fsdecode(path[0])
-        yield first, last, described
+        return []
+    return [
+        (int(first, 16), int(last, 16), file if access[-1:] == b"p" and file[-1][:1] == b"/" else None)
+        for first, last, access, *file in lines
+    ]
+
+
+def _described(offset, device, inode, path):
+    """(offset, device, inode, path) of a mapped file, which few of the many are asked for."""
+    major, minor = (int(each, 16) for each in device.split(b":"))
+    return int(offset, 16), os.makedev(major, minor), int(inode), os.fsdecode(path)
 
 
 def _open(start, end, device, inode, path):

@@ -5,7 +5,9 @@ The copies go to host memory here, where they need no GPU; the threads, the read
 """
 
 import gc
+import mmap
 import os
+import sys
 import threading
 
 import pytest
@@ -184,6 +186,23 @@ def test_a_file_that_is_mapped_again_and_again(sources, tmp_path):
             assert torch.equal(brought(sources, f.get_tensor(name)), wanted[name])
     counters = sources.counters()["file"]
     assert counters.restarts <= 2 and counters.asked_bytes == sum(t.nbytes for t in wanted.values())
+
+
+def test_looking_again_is_one_step_however_much_is_mapped(sources):
+    """Small tensors of a heap, each of which looks anew what lies where: a few calls, not some for each mapping."""
+    t, counts = torch.randn(9, 33), []
+    kept = [mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | i % 2 * mmap.PROT_WRITE) for i in range(400)]
+    for _ in range(5):
+        calls, sources._look_again = [], 0.0
+        sys.setprofile(lambda frame, event, arg, calls=calls: calls.append(event))
+        try:
+            arrived = brought(sources, t)
+        finally:
+            sys.setprofile(None)
+        assert torch.equal(arrived, t)
+        counts.append(sum(event in ("call", "c_call") for event in calls))
+    assert 10 < min(counts) and max(counts) < 100
+    del kept
 
 
 def test_a_shared_mapping_is_not_read_ahead(sources, tmp_path):

@@ -183,9 +183,8 @@ def accounting_cost(scheme):
             finally:
                 sys.setprofile(None)
             counts.append(calls)
-        # But for the costliest few: a loader may look something up anew from time to time.
-        early, late = (sum(sorted(counts[i : i + 64])[:-8]) / 56 for i in (32, num // 2 - 64))
-        assert late <= 1.5 * early, f"a shard costs {late:.0f} calls after {num // 2}, {early:.0f} at first"
+        early, late = sum(counts[32:96]), sum(counts[num // 2 - 64 : num // 2])
+        assert late <= 1.5 * early, f"a shard costs {late / 64:.0f} calls after {num // 2}, {early / 64:.0f} at first"
 
     load = Load([Do("count the calls that a shard takes", count)], {"fc.weight": w})
     yield Draft("", {"fc": (num, 128)}, load)
