@@ -175,7 +175,7 @@ def _is_view(index):
 
 
 _SIMPLE = {int, slice, type(None), type(...)}
-_num_modes = torch._C._len_torch_dispatch_stack
+_num_modes, _num_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _BelowDispatch = torch._C._DisableTorchDispatch
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
@@ -236,10 +236,9 @@ def _asarray(writes, func, args, kwargs):
     held = args[0]
     if isinstance(held, torch.Tensor) or _is_meta(kwargs.get("device")) or _num_modes() != 1:
         return _with_real_data(writes, func, args, kwargs)
-    if type(held) is torch.UntypedStorage and kwargs in _ITS_BYTES and held.device.type == "cpu":
-        if "device" in kwargs or not _num_function_modes():  # which might send it elsewhere
-            return _unseen(_bytes_of, args, {})
-    return _unseen(func, args, kwargs)
+    its_bytes = type(held) is torch.UntypedStorage and kwargs in _ITS_BYTES and held.device.type == "cpu"
+    stays = "device" in kwargs or not _num_function_modes()  # which might send it elsewhere
+    return _unseen(_bytes_of, args, {}) if its_bytes and stays else _unseen(func, args, kwargs)
 
 
 def _bytes_of(storage):
@@ -248,7 +247,6 @@ def _bytes_of(storage):
 
 
 _ITS_BYTES = ({"dtype": torch.uint8, "device": "cpu"}, {"dtype": torch.uint8})
-_num_function_modes = torch._C._len_torch_function_stack
 
 
 def _reshape(writes, func, args, kwargs):
