@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -176,9 +177,13 @@ class Quantizer:
         # amax of every per_tensor weight so far, four bytes each; of all from the start where there is a sidecar
         self._shared = {name: amax.to(device) for name, amax in read_amax(checkpoint).items()}
         self.peak_bytes = 0
+        # The codes of each weight in turn, on the CPU: malloc cannot give memory that one weight had to the next where
+        # something that stays has come to lie behind it. Pages that nothing was written to take no memory.
+        sizes = [math.prod(item.shape) for item in items.values() if item.scheme is not None]
+        self._codes = torch.empty(max(sizes, default=0), dtype=dtype) if self.device.type == "cpu" else None
 
     def quantize(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, fp32 scales) on the CPU, in the shapes that are stored.
+        """(codes, fp32 scales) on the CPU, in the shapes that are stored; the codes last until the next weight begins.
 
         Raises:
             NonFiniteWeightError: the weight holds NaN or Inf; names every such weight of the checkpoint.
@@ -189,11 +194,14 @@ class Quantizer:
         return q, scale
 
     def start(self, name: str, weight: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """Begin to quantize a weight; returns what waits for the result of `quantize`, on any thread."""
+        """Begin to quantize a weight; returns what waits for the result of `quantize`, on any thread.
+
+        On the CPU the codes last until the next weight begins.
+        """
         scheme = self._items[name].scheme
         weight = self._placed(weight)
         amax = self._shared_amax(name, weight) if isinstance(scheme, PerTensor) else None
-        q, scale = ops.quantize(weight, scheme, dtype=self._dtype, amax=amax)
+        q, scale = ops.quantize(weight, scheme, out=self._outputs(weight, scheme), dtype=self._dtype, amax=amax)
         self.peak_bytes = max(self.peak_bytes, weight.nbytes + q.nbytes + scale.nbytes)
         scale = scale.float().reshape(scale.shape or (1,))
         if self.device.type != "cuda":
@@ -216,6 +224,12 @@ class Quantizer:
     def close(self):
         """Let go of what reads ahead."""
         self._sources.close()
+
+    def _outputs(self, weight, scheme):
+        if self._codes is None:
+            return None
+        codes = self._codes[: weight.numel()].view(weight.shape)
+        return codes, torch.empty(scheme.scale_shape(weight.shape), dtype=scheme.scale_dtype)
 
     def _placed(self, weight):
         if self.device.type != "cuda":
