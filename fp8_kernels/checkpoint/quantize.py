@@ -183,7 +183,9 @@ class Quantizer:
         self._codes = torch.empty(max(sizes, default=0), dtype=dtype) if self.device.type == "cpu" else None
 
     def quantize(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, fp32 scales) on the CPU, in the shapes that are stored; the codes last until the next weight begins.
+        """(codes, fp32 scales) on the CPU, in the shapes that are stored.
+
+        Codes of a weight that is quantized on the CPU last until the next one begins.
 
         Raises:
             NonFiniteWeightError: the weight holds NaN or Inf; names every such weight of the checkpoint.
@@ -194,10 +196,7 @@ class Quantizer:
         return q, scale
 
     def start(self, name: str, weight: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """Begin to quantize a weight; returns what waits for the result of `quantize`, on any thread.
-
-        On the CPU the codes last until the next weight begins.
-        """
+        """Begin to quantize a weight; returns what waits for the result of `quantize`, on any thread."""
         scheme = self._items[name].scheme
         weight = self._placed(weight)
         amax = self._shared_amax(name, weight) if isinstance(scheme, PerTensor) else None
@@ -277,7 +276,7 @@ def _write_weights(checkpoint, folder, items, quantizer, stored, progress):
             progress(done, total, name)
 
     try:
-        # What waits would take memory of the kind that is quantized in.
+        # What waits would take memory of the kind that is quantized in; and on the CPU codes last for one weight only.
         with Output(at_once=quantizer.device.type == "cpu") as output:
             for file in checkpoint.files:
                 names = [name for name, info in checkpoint.metadata().items() if info.file == file]
